@@ -1,0 +1,80 @@
+"""vidlm: ask videos questions. A video goes in, an answer comes out.
+
+    lm = vidlm.load("demo")
+    print(lm.ask("clip.mp4", "What happens?").text)
+
+Names are looked up when they are first used: `import vidlm` loads neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidlm.api import LM, Answer, AnswerStream, Chat, load
+    from vidlm.errors import VidlmError
+    from vidlm.hf import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        BatchFeature,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        TextIteratorStreamer,
+        TextStreamer,
+    )
+    from vidlm.media import Video, load_video, replace_video_with_images, sample_frames
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "vidlm.api": ("LM", "Answer", "AnswerStream", "Chat", "load"),
+    "vidlm.errors": ("VidlmError",),
+    "vidlm.hf": (
+        "AutoConfig",
+        "AutoModelForImageTextToText",
+        "AutoProcessor",
+        "BatchFeature",
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        "LlavaProcessor",
+        "TextIteratorStreamer",
+        "TextStreamer",
+    ),
+    "vidlm.media": ("Video", "load_video", "replace_video_with_images", "sample_frames"),
+}
+_HOME = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "LM",
+    "Answer",
+    "AnswerStream",
+    "AutoConfig",
+    "AutoModelForImageTextToText",
+    "AutoProcessor",
+    "BatchFeature",
+    "Chat",
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaProcessor",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "Video",
+    "VidlmError",
+    "load",
+    "load_video",
+    "replace_video_with_images",
+    "sample_frames",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vidlm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *__all__))

@@ -1,0 +1,142 @@
+"""`vidlm ask`: check what was given, load, read, and pass the answer on as it comes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from vidlm.cli.options import Ask
+from vidlm.cli.progress import Progress
+from vidlm.cli.sources import STDIN, check_frames, check_sources, read
+from vidlm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from vidlm.api import LM, AnswerStream
+
+EXAMPLE = 'vidlm ask clip.mp4 "What happens?"'
+KEYWORDS = ("frames", "fps", "start", "end", "max_tokens", "temperature", "top_p", "seed", "system")
+
+
+def ask(given: Ask) -> None:
+    """Everything that can be wrong without a model is found before one is loaded or downloaded."""
+    sources = given.videos or []
+    question = check_question(sources, given.question)
+    check_frames(given.frames, given.fps, given.start, given.end)
+    check_sources(sources)
+    if given.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with Progress(given.quiet) as progress:
+        if STDIN in sources:
+            progress.now("reading stdin")
+        media = [read(source) for source in sources]
+        lm = _load(given, progress)
+        stream = _read(lm, media, question, given, progress)
+        pieces = _first_token(stream, progress)
+        if given.json:
+            told = {"model": given.model, "question": question, "sources": sources}
+            print(json.dumps({**told, **stream.answer.to_dict()}), flush=True)
+        elif given.no_stream:
+            print(stream.answer.text, flush=True)
+        else:
+            _say(trimmed(pieces))
+        _last_token(stream, progress)
+
+
+def check_question(sources: list[str], question: str | None) -> str:
+    """The question, which is the last argument: typer gives it a lone one, too."""
+    if question is None or not sources:
+        found = f"only {question!r} was given" if question is not None else "neither was given"
+        raise InvalidArgument(f"a video and a question are needed, and {found}: {EXAMPLE}")
+    if not question.strip():
+        raise InvalidArgument(f"the question is empty; ask something: {EXAMPLE}")
+    if os.path.isfile(question):
+        raise InvalidArgument(
+            f"the last argument is the question, and {question!r} is a file; put a question behind "
+            f"the videos: {EXAMPLE}"
+        )
+    return question
+
+
+def trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of `"".join(pieces).strip()`: spaces wait until something follows them."""
+    waiting, begun = "", False
+    for piece in pieces:
+        text = waiting + piece
+        solid = text.rstrip()
+        waiting = text[len(solid) :]
+        if solid:
+            yield solid if begun else solid.lstrip()
+            begun = True
+
+
+def _load(given: Ask, progress: Progress) -> LM:
+    began = time.perf_counter()
+    progress.now(f"loading {given.model}")
+    from vidlm.api import load  # brings torch, which takes as long as a small model
+
+    lm = load(given.model, dtype=given.dtype, device=given.device)
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    what = f"{given.model} in {dtype} on {lm.model.device}"
+    progress.done(time.perf_counter() - began, "load", what)
+    return lm
+
+
+def _read(lm: LM, media: list[Any], question: str, given: Ask, progress: Progress) -> AnswerStream:
+    progress.now("reading the frames")
+    keywords = {name: getattr(given, name) for name in KEYWORDS}
+    stream = lm.stream(
+        media, question, **{name: value for name, value in keywords.items() if value is not None}
+    )
+    progress.done(stream.timings.decode_media, "read", _frames(stream, media))
+    progress.done(stream.timings.preprocess, "prepare", f"{stream.prompt_tokens:,} tokens")
+    return stream
+
+
+def _frames(stream: AnswerStream, media: list[Any]) -> str:
+    """Which frames were read, as far as a line holds it."""
+    from vidlm.media.clip import clock
+
+    videos = len({frame.media for frame in stream.frames})
+    images = len(media) - videos
+    told = []
+    if videos == 1:
+        first, last = clock(stream.frames[0].pts), clock(stream.frames[-1].pts)
+        told = [f"{len(stream.frames)} frames, {first} to {last}"]
+    elif videos:
+        told = [f"{len(stream.frames)} frames of {videos} videos"]
+    if images:
+        told.append(f"{images} images" if images > 1 else "1 image")
+    return ", ".join(told)
+
+
+def _first_token(stream: AnswerStream, progress: Progress) -> Iterator[str]:
+    """Wait for the first piece of the answer, and tell what led to it."""
+    progress.now("looking and thinking")
+    pieces = iter(stream)
+    first = next(pieces, "")
+    took, tokens = stream.timings, stream.prompt_tokens
+    progress.done(took.encode, "encode", "frames to features")
+    progress.done(took.prefill, "prefill", f"{tokens:,} tokens{_rate(tokens, took.prefill)}")
+    return chain([first], pieces)
+
+
+def _last_token(stream: AnswerStream, progress: Progress) -> None:
+    count, seconds = stream.answer.usage.completion_tokens, stream.timings.decode
+    # The first token came from the prefill.
+    progress.done(seconds, "answer", f"{count:,} tokens{_rate(count - 1, seconds)}")
+
+
+def _rate(count: int, seconds: float) -> str:
+    return f", {count / seconds:,.0f} tokens/s" if count > 0 and seconds > 0 else ""
+
+
+def _say(pieces: Iterable[str]) -> None:
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)  # ends the line of an interrupted answer too

@@ -1,0 +1,172 @@
+"""What each command can be told, as a dataclass; and a dataclass as a command for typer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from vidlm.cli.outcome import outcome
+
+MODEL = "llava-hf/llava-interleave-qwen-0.5b-hf"
+FRAMES = 8  # of each video, unless told; the families' own default
+
+FrameCount = Annotated[
+    int | None,
+    typer.Option(
+        "--frames", min=1, metavar="N", help="Frames of each video, evenly spread; else 8."
+    ),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option("--fps", metavar="RATE", help="Frames a second, not --frames."),
+]
+Start = Annotated[
+    str | None, typer.Option("--start", metavar="TIME", help='From here on: seconds or "mm:ss".')
+]
+End = Annotated[str | None, typer.Option("--end", metavar="TIME", help="Up to here.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16; else as stored."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Ask a question about videos or images.
+
+    The answer goes to stdout as it comes, progress to stderr.
+    """
+
+    videos: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="VIDEO", help="A path, a URL, or - for stdin; one or more."),
+    ] = None
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="In quotes, behind the videos.")
+    ] = None
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            envvar="VIDLM_MODEL",
+            metavar="NAME",
+            help="A folder, a hub repository, or demo: the small model that comes with vidlm.",
+        ),
+    ] = MODEL
+    frames: FrameCount = None
+    fps: Rate = None
+    start: Start = None
+    end: End = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer, in tokens."),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0, metavar="T", help="Above 0 samples; else greedy."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0, max=1, metavar="P", help="Sample from the likeliest P."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, metavar="S", help="Makes sampling repeatable.")
+    ] = None
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")
+    ] = None
+    json: Json = False
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print the answer when it is complete.")
+    ] = False
+    dtype: Dtype = None
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, auto.")
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """See a small model answer about drawn videos.
+
+    The model comes with vidlm and knows moving shapes only; the videos are drawn on the spot and
+    kept, each with a contact sheet.
+    """
+
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where videos and contact sheets go.")
+    ] = Path("vidlm-demo")
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="S", help="Another seed, other videos.")
+    ] = 0
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a model needs, before it is loaded.
+
+    Tokens, whether they fit, and memory, from config.json and the headers of the weight files. A
+    model that is neither a folder nor in the hub's cache is downloaded first.
+    """
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for ask.")]
+    video: Annotated[
+        str | None, typer.Option("--video", metavar="VIDEO", help="Plan for this video.")
+    ] = None
+    frames: FrameCount = None
+    dtype: Dtype = None
+    json: Json = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """Save the frames that a model would see.
+
+    They go into one picture, a contact sheet, each with its number and time.
+    """
+
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A path, a URL, or -.")]
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", help="Else <video>_frames.png, here."),
+    ] = None
+    frames: FrameCount = None
+    fps: Rate = None
+    start: Start = None
+    end: End = None
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False
+    debug: Debug = False
+
+
+def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., None]:
+    """A function as typer wants it: its parameters are the dataclass's fields, its end a code."""
+
+    def call(**values: Any) -> None:
+        raise typer.Exit(outcome(run, options(**values)))
+
+    hints = get_type_hints(options, include_extras=True)
+    call.__doc__ = options.__doc__
+    call.__annotations__ = hints
+    call.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(options)
+        ]
+    )
+    return call

@@ -1,0 +1,67 @@
+"""How a command ends: its exit code, and one line on stderr where it failed.
+
+0  it worked    1  something failed    2  wrong usage    130  Ctrl-C
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from vidlm.errors import InvalidArgument, VidlmError
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def outcome(run: Callable[[Any], None], options: Any) -> int:
+    """Run a command to its end. `options.debug` adds the traceback to a failure's line."""
+    _show_warnings()
+    try:
+        run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_stdout()
+        return FAILED
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        return _failed(*_explain(error, options.debug))
+    return OK
+
+
+def _explain(error: Exception, debug: bool) -> tuple[str, int]:
+    if isinstance(error, InvalidArgument):
+        return str(error), USAGE
+    if isinstance(error, VidlmError):
+        return str(error), FAILED
+    if isinstance(error, OSError) and error.strerror:
+        _drop_stdout()  # it may be what failed, and would fail again when Python flushes it
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", FAILED
+    hint = "" if debug else "; run it again with --debug for the traceback"
+    return f"unexpected {type(error).__name__}: {error}{hint}", FAILED
+
+
+def _failed(message: str, code: int) -> int:
+    typer.echo("vidlm: " + " ".join(message.splitlines()), err=True)
+    return code
+
+
+def _show_warnings() -> None:
+    """The library's warnings (a frame could not be decoded, say) in the form of our errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("vidlm: warning: %(message)s"))
+    logging.getLogger("vidlm").addHandler(handler)
+
+
+def _drop_stdout() -> None:
+    """Let nothing more be written to stdout: the flush at Python's exit would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,91 @@
+"""The commands beside `ask`: `demo`, `info` and `frames`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vidlm.cli.options import FRAMES, Demo, Frames, Info
+from vidlm.cli.sources import check_frames, check_sources, read
+from vidlm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vidlm.media import Video
+
+
+def demo(given: Demo) -> None:
+    from vidlm.demo.show import show
+
+    show(given.out, given.seed, typer.echo)
+
+
+def info(given: Info) -> None:
+    """With a video, for as many frames as would be taken of it."""
+    from vidlm.hf import find
+    from vidlm.media import load_video
+    from vidlm.plan import plan
+
+    folder = find(given.model)
+    plans = plan(folder, frames=given.frames, dtype=given.dtype)
+    video = None
+    if given.video is not None:
+        check_sources([given.video])
+        video = load_video(read(given.video), num_frames=plans.frames)
+        plans = plan(folder, frames=len(video), dtype=given.dtype)
+    if given.json:
+        about = _about(video) if video else None
+        typer.echo(json.dumps({"model": given.model, "video": about, **plans.to_dict()}))
+        return
+    typer.echo(f"{'model':<8} {given.model}")
+    if video:
+        typer.echo(
+            f"{'video':<8} {video.name}, {video.duration:.2f} s, {video.total_frames} frames"
+        )
+    typer.echo(str(plans))
+
+
+def frames(given: Frames) -> None:
+    """The sheet's path on stdout, the frames and their times on stderr."""
+    from vidlm.media import contact_sheet, load_video
+    from vidlm.media.clip import clock
+
+    check_frames(given.frames, given.fps, given.start, given.end)
+    check_sources([given.video])
+    count = FRAMES if given.frames is None and given.fps is None else given.frames
+    video = load_video(
+        read(given.video), num_frames=count, fps=given.fps, start=given.start, end=given.end
+    )
+    output = given.output or Path(f"{Path(video.name).stem}_frames.png")
+    _save(contact_sheet(video), output, force=given.force)
+    typer.echo(f"{'frame':>8}  time", err=True)
+    for index, seconds in zip(video.indices, video.pts, strict=True):
+        typer.echo(f"{index:>8}  {clock(seconds)}", err=True)
+    if str(output) != "-":
+        typer.echo(output)
+
+
+def _save(sheet: Image, output: Path, force: bool) -> None:
+    if str(output) == "-":
+        sheet.save(sys.stdout.buffer, "PNG")
+        return
+    if output.suffix.lower() != ".png":
+        raise InvalidArgument(
+            f"--output {output}: a contact sheet is a PNG; name it {output.stem}.png"
+        )
+    try:
+        with output.open("wb" if force else "xb") as file:
+            sheet.save(file, "PNG")
+    except FileExistsError as error:
+        raise InvalidArgument(
+            f"{output} exists already; replace it with --force, or name another with --output"
+        ) from error
+
+
+def _about(video: Video) -> dict[str, Any]:
+    return {"name": video.name, "seconds": video.duration, "frames": video.total_frames}

@@ -1,0 +1,152 @@
+"""Training examples: many question-answer turns packed behind one clip, with loss on every answer.
+
+A pack pays for the clip's frames once, which teaches several times faster than one question a
+clip. Patches that show a thing have labels too, the words for what it is and does: without them
+the model answers from language alone for thousands of steps before it looks. Everything is drawn
+from (seed, step), so that a run can stop anywhere and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from vidlm.demo.questions import QA, follow_up, pair_questions, questions
+from vidlm.demo.recipe import FRAMES, PATCH, SIZE
+from vidlm.demo.world import Clip, Thing, augment, draw_clip, draw_pair, render, sampled_times
+from vidlm.text import Tokenizer
+
+IGNORE = -100  # label of a token without loss
+TEXT, PAIR_TEXT = 200, 72  # tokens of turns behind one clip, and behind a pair
+PER_FRAME = (SIZE // PATCH) ** 2
+WORDS = 4  # colour, shape, direction, speed
+MOVES = 2  # frames after which a thing's motion can be known
+
+
+@dataclass(frozen=True)
+class Batch:
+    """frames of all rows, concatenated (N, S, S, 3); words of their patches (N, P, WORDS); ids and
+    labels (B, L), padded behind. IGNORE is no label and no word."""
+
+    frames: NDArray[np.uint8]
+    words: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a batch is made of: shares of clips with one, two and three things, and of pairs."""
+
+    counts: tuple[float, float, float]
+    pairs: float
+
+
+def mix_at(progress: float) -> Mix:
+    """The curriculum: one shape first, then two, then three, and pairs of clips from early on."""
+    if progress < 0.08:
+        return Mix((1.0, 0.0, 0.0), 0.1)
+    if progress < 0.2:
+        return Mix((0.5, 0.5, 0.0), 0.2)
+    return Mix((0.2, 0.35, 0.45), 0.25)
+
+
+def batch(tokenizer: Tokenizer, seed: int, step: int, size: int, mix: Mix) -> Batch:
+    """Batch number `step` of the run with this seed: `size` rows, all with the same frame count."""
+    rng = np.random.default_rng((seed, step))
+    frames = int(rng.choice((FRAMES, 6, 12), p=(0.86, 0.08, 0.06)))
+    pairs = round(size * mix.pairs)
+    rows = [_row(tokenizer, rng, frames, mix, pair=i < pairs) for i in range(size)]
+    # One shape for all batches of a frame count: oneDNN prepares its kernels anew for each shape.
+    length = frames * PER_FRAME + max(TEXT, frames * PER_FRAME + PAIR_TEXT)
+    ids = np.full((size, length), tokenizer.pad_token_id, np.int64)
+    labels = np.full((size, length), IGNORE, np.int64)
+    for i, (_, _, row_ids, row_labels) in enumerate(rows):
+        ids[i, : len(row_ids)] = row_ids
+        labels[i, : len(row_labels)] = row_labels
+    frames_of, words_of = (np.concatenate([row[i] for row in rows]) for i in (0, 1))
+    return Batch(frames_of, words_of, ids, labels)
+
+
+Row = tuple[NDArray[np.uint8], NDArray[np.int64], list[int], list[int]]
+
+
+def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool) -> Row:
+    if pair:
+        first, second, _ = draw_pair(rng)
+        clips, turns = [first, second], pair_questions(first, second, rng)
+    else:
+        count = int(rng.choice((1, 2, 3), p=mix.counts))
+        clip = draw_clip(rng, count=count)
+        clips, turns = [clip], questions(clip, rng)
+        if rng.random() < 0.3:
+            turns = [*follow_up(clip, rng), *turns]
+    budget = PAIR_TEXT if pair else TEXT
+    ids, labels = pack(tokenizer, turns, len(clips) * frames, budget, rng)
+    shown = np.concatenate([_frames(clip, frames, rng) for clip in clips])
+    words = np.concatenate([patch_words(tokenizer, clip, frames) for clip in clips])
+    return shown, words, ids, labels
+
+
+def _frames(clip: Clip, frames: int, rng: Generator) -> NDArray[np.uint8]:
+    return augment(render(clip, SIZE, sampled_times(frames, clip.frames)), rng)
+
+
+def patch_words(tokenizer: Tokenizer, clip: Clip, frames: int) -> NDArray[np.int64]:
+    """(F, P, WORDS) ids: colour, shape and, once they can be known, direction and speed of what a
+    patch shows."""
+    times = sampled_times(frames, clip.frames)
+    side = SIZE // PATCH
+    corner = np.arange(side) / side
+    words = np.full((frames, side, side, WORDS), IGNORE, np.int64)
+    for thing in clip.things:
+        names = (thing.colour, thing.shape, thing.direction, thing.speed or "still")
+        ids = [tokenizer.encode(f" {name}")[0] for name in names]
+        since, until = thing.span()
+        seen = (times >= since) & (times < until)
+        moved = seen & (np.cumsum(seen) > MOVES)
+        x, y = (
+            np.clip(c[:, None], corner, corner + 1 / side) - c[:, None]
+            for c in _centres(thing, times)
+        )
+        near = np.hypot(y[:, :, None], x[:, None, :]) < 0.7 * thing.radius  # (F, side, side)
+        words[near & seen[:, None, None], :2] = ids[:2]
+        words[near & moved[:, None, None], 2:] = ids[2:]
+    return words.reshape(frames, side * side, WORDS)
+
+
+def _centres(thing: Thing, times: NDArray[np.floating]) -> tuple[NDArray[np.floating], ...]:
+    """x and y of the thing at each time."""
+    return tuple(np.asarray([thing.at(float(time))[axis] for time in times]) for axis in (0, 1))
+
+
+def pack(
+    tokenizer: Tokenizer, turns: Sequence[QA], frames: int, budget: int, rng: Generator
+) -> tuple[list[int], list[int]]:
+    """Chat turns behind `frames` frames -> ids and labels, as many turns as `budget` tokens hold.
+
+    Mostly in the form of the chat template; one row in ten in the looser form of hand-written
+    prompts (no newline after the role or between turns), where the model writes the newline.
+    """
+    (image,) = tokenizer.encode("<image>")
+    loose = rng.random() < 0.1
+    line = "" if loose else "\n"
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, turn in enumerate(turns):
+        asked = f"{turn.question}<|im_end|>{line}<|im_start|>assistant{line}"
+        said = f"{turn.answer}<|im_end|>"
+        head = f"<|im_start|>user{line}" if i == 0 or not loose else "<|im_start|>user\n"
+        before = tokenizer.encode(head if i == 0 else ("" if loose else "\n") + head)
+        between = tokenizer.encode(("\n" if i == 0 else "") + asked)
+        answer = tokenizer.encode(("\n" if loose else "") + said)
+        if i and len(ids) - frames * PER_FRAME + len(before + between + answer) > budget:
+            break
+        media = [image] * (frames * PER_FRAME) if i == 0 else []
+        ids += [*before, *media, *between, *answer]
+        labels += [IGNORE] * (len(before) + len(media) + len(between)) + answer
+    return ids, labels

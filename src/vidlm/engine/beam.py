@@ -1,0 +1,147 @@
+"""Beam search: the `num_beams` likeliest beginnings side by side, and the best answer at the end.
+
+Gives the ids that transformers gives (generation/utils.py, `_beam_search`) for one prompt and one
+returned sequence. Parity: tests/unit/test_beam.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vidlm.engine.kv import SequenceKV
+from vidlm.engine.sampler import process
+from vidlm.errors import InvalidArgument
+from vidlm.models.base import VideoModel
+from vidlm.nn.step import packed
+from vidlm.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from vidlm.engine.loop import Request
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A beginning under way: its new ids, the sum of their log-probabilities, its own cache."""
+
+    ids: tuple[int, ...]
+    score: float
+    kv: SequenceKV
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A beam with one more token."""
+
+    parent: int  # which of the beams
+    ids: tuple[int, ...]
+    score: float
+    penalised: float  # the score over length ** length_penalty, by which answers are compared
+    ended: bool
+
+
+@torch.inference_mode()
+def search(
+    model: VideoModel, request: Request, logits: Tensor, kv: SequenceKV, budget: int
+) -> tuple[tuple[int, ...], FinishReason]:
+    """The best answer of at most `budget` tokens, and why it ends.
+
+    logits (V,) float32 are the prefilled prompt's last ones and `kv` holds the prompt, with room for
+    `budget` tokens more; the search keeps and changes it. Raises InvalidArgument on stop strings.
+    """
+    params = request.params
+    if params.stop:
+        raise InvalidArgument(
+            f"stop={params.stop!r} with num_beams={params.num_beams}: beams cannot be stopped by "
+            "strings, only by eos_token_ids; use num_beams=1 or leave stop out"
+        )
+    prompt = tuple(set(request.prompt.ids))  # thousands of them are one placeholder
+    beams, rows = [_Beam((), 0.0, kv)], logits[None]
+    finished: list[_Candidate] = []
+    while True:
+        scores = _scores(rows, beams, params, prompt)
+        candidates = _extend(beams, scores, params, budget)
+        going = [c for c in candidates if not c.ended][: params.num_beams]
+        # Candidates behind the first num_beams are there to go on, never to be an answer.
+        finished += [c for c in candidates[: params.num_beams] if c.ended]
+        finished.sort(key=lambda answer: answer.penalised, reverse=True)
+        del finished[params.num_beams :]
+        if not going or _settled(finished, going[0], params):
+            break
+        beams = _branch(beams, going)
+        rows = _decode(model, beams)
+    best = finished[0].ids
+    return best, FinishReason.STOP if best[-1] in params.eos_token_ids else FinishReason.LENGTH
+
+
+def _scores(
+    rows: Tensor, beams: Sequence[_Beam], params: SamplingParams, prompt: tuple[int, ...]
+) -> Tensor:
+    """Logits (B, V) float32 of the beams -> sums of log-probabilities (B, V) with each next token.
+
+    The penalties act on log-probabilities, not on logits as when one token is picked at a time:
+    transformers does it so.
+    """
+    filtered = [
+        process(row, params, (*prompt, *beam.ids), len(beam.ids))
+        for row, beam in zip(rows.log_softmax(dim=-1), beams, strict=True)
+    ]
+    return torch.stack(filtered) + rows.new_tensor([[beam.score] for beam in beams])
+
+
+def _extend(
+    beams: Sequence[_Beam], scores: Tensor, params: SamplingParams, budget: int
+) -> list[_Candidate]:
+    """The best continuations, best first: so many that num_beams of them are no end of sequence."""
+    _, V = scores.shape
+    length = len(beams[0].ids) + 1
+    count = max(2, 1 + len(params.eos_token_ids)) * params.num_beams
+    best, places = scores.flatten().topk(min(count, scores.numel()))
+    # Divided in float32, so that answers whose scores almost tie rank as in transformers.
+    penalised = best / length**params.length_penalty
+    candidates = []
+    for score, place, final in zip(best.tolist(), places.tolist(), penalised.tolist(), strict=True):
+        parent, token = divmod(place, V)
+        ended = token in params.eos_token_ids or length == budget
+        ids = (*beams[parent].ids, token)
+        candidates.append(_Candidate(parent, ids, score, final, ended))
+    return candidates
+
+
+def _settled(finished: Sequence[_Candidate], hope: _Candidate, params: SamplingParams) -> bool:
+    """Whether to stop although `hope`, the best beam under way, could go on.
+
+    Only with num_beams answers. Then at once if early_stopping, or else where the best beam, as
+    long as it is now, is no better than the worst answer. That is a guess: with a length_penalty
+    above 0 it might still become so.
+    """
+    if len(finished) < params.num_beams:
+        return False
+    return params.early_stopping or not hope.penalised > finished[-1].penalised
+
+
+def _branch(beams: Sequence[_Beam], going: Sequence[_Candidate]) -> list[_Beam]:
+    """The first child of a beam takes over its cache, the others copy it."""
+    taken: set[int] = set()
+    children = []
+    for candidate in going:
+        kv = beams[candidate.parent].kv
+        if candidate.parent in taken:
+            kv = kv.fork()
+        taken.add(candidate.parent)
+        children.append(_Beam(candidate.ids, candidate.score, kv))
+    return children
+
+
+def _decode(model: VideoModel, beams: Sequence[_Beam]) -> Tensor:
+    """One step: each beam's newest token in, logits (B, V) for its next one out."""
+    stores = [beam.kv for beam in beams]
+    newest = torch.tensor([beam.ids[-1] for beam in beams], device=model.device)
+    hidden = model.hidden(model.embed(newest), packed([1] * len(stores), model.device, stores))
+    for kv in stores:
+        kv.advance(1)
+    return model.logits(hidden).float()

@@ -1,0 +1,53 @@
+"""Keys and values of one sequence, in buffers allocated once for all the tokens it may get."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SequenceKV:
+    """The KV of `vidlm.nn.step`: one (K, capacity, E) buffer for keys and one for values a layer.
+
+    Heads come before tokens so that a decode step reads each head's keys in one run.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._length = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        n, K, E = k.shape
+        if layer == len(self._layers):  # the first step meets the layers in order
+            shape = (K, self.capacity, E)
+            self._layers.append((k.new_empty(shape), v.new_empty(shape)))
+        keys, values = self._layers[layer]
+        stop = self._length + n
+        keys[:, self._length : stop] = k.transpose(0, 1)
+        values[:, self._length : stop] = v.transpose(0, 1)
+        return keys[:, :stop], values[:, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """Count a finished step's tokens as stored."""
+        self._length += tokens
+
+    def fork(self) -> SequenceKV:
+        """An independent copy, for a beam that parts from its parent."""
+        twin = SequenceKV(self.capacity)
+        twin._length = self._length
+        twin._layers = [(k.clone(), v.clone()) for k, v in self._layers]
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self._layers)
+
+
+def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Memory one cached token takes."""
+    return 2 * layers * kv_heads * head_dim * dtype.itemsize

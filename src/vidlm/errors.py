@@ -1,0 +1,80 @@
+"""Every error a user of vidlm can cause, as one tree.
+
+VidlmError
+├── InvalidArgument        (ValueError)          a value or combination that is not allowed
+│   └── ContextOverflow                          more tokens than the model takes
+├── MediaError             (ValueError)          a video or image could not be read
+│   ├── MediaNotFound      (FileNotFoundError)   there is no such file
+│   ├── MediaFetchError                          a URL could not be fetched, or may not be
+│   └── MediaLimitError                          a byte, pixel, frame or time limit is exceeded
+└── ModelError                                   a checkpoint could not be used
+    ├── ModelNotFound      (FileNotFoundError)   no such folder or repository
+    ├── HubUnreachable     (ConnectionError)     not in the cache, and the hub does not answer
+    ├── UnsupportedModel                         an architecture, format or option not supported
+    └── WeightsError                             tensors missing, left over or misshapen
+
+In brackets the builtin exception that an error is too.
+
+Each message says what was given, what is allowed, and a way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VidlmError(Exception):
+    """Base of every error raised on purpose by vidlm."""
+
+
+class InvalidArgument(VidlmError, ValueError):
+    """A value, keyword or combination of them that is not allowed."""
+
+
+class ContextOverflow(InvalidArgument):
+    """Prompt and media need more tokens than the model takes."""
+
+
+class MediaError(VidlmError, ValueError):
+    """A video or image could not be read."""
+
+
+class MediaNotFound(MediaError, FileNotFoundError):
+    """There is no such file."""
+
+
+class MediaFetchError(MediaError):
+    """A URL could not be fetched, or may not be."""
+
+
+class MediaLimitError(MediaError):
+    """Reading the media would exceed a byte, pixel, frame or time limit."""
+
+
+class ModelError(VidlmError):
+    """A checkpoint could not be used."""
+
+
+class ModelNotFound(ModelError, FileNotFoundError):
+    """No such folder or hub repository."""
+
+
+class HubUnreachable(ModelError, ConnectionError):
+    """The files are not in the cache and the hub does not answer."""
+
+
+class UnsupportedModel(ModelError):
+    """An architecture, file format or option that vidlm does not have."""
+
+
+class WeightsError(ModelError):
+    """Tensors of a checkpoint are missing, left over or of another shape."""
+
+
+def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
+    """The error for a keyword `where` does not take, naming the nearest one it does."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return TypeError(f"{where} got an unexpected keyword argument {name!r}; {hint}")

@@ -1,0 +1,60 @@
+"""Auto classes: the family is found in config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vidlm.errors import UnsupportedModel
+from vidlm.hf.loading import find, read_load_options
+from vidlm.hf.model import ForConditionalGeneration, LlavaForConditionalGeneration
+from vidlm.hf.processor import LOCATION, LlavaProcessor, ProcessorMixin
+from vidlm.hub import read_config, read_json
+from vidlm.models import family_of
+
+MODELS: tuple[type[ForConditionalGeneration], ...] = (LlavaForConditionalGeneration,)
+PROCESSOR_FILE = "processor_config.json"
+PROCESSORS: tuple[type[ProcessorMixin], ...] = (LlavaProcessor,)
+
+
+def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
+    return find(name, **{key: kwargs[key] for key in LOCATION if kwargs.get(key) is not None})
+
+
+class AutoConfig:
+    """`AutoConfig.from_pretrained(name)` -> the family's frozen config."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Any:
+        config = read_config(read_load_options(kwargs).folder(name))
+        return family_of(config).config.from_dict(config)
+
+
+class AutoProcessor:
+    """`AutoProcessor.from_pretrained(name)` -> the family's processor."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ProcessorMixin:
+        folder = _folder(name, kwargs)
+        if not (folder / "config.json").is_file() and (folder / PROCESSOR_FILE).is_file():
+            # A processor saved without its model names its own class.
+            wanted = read_json(folder / PROCESSOR_FILE).get("processor_class")
+            found = [processor for processor in PROCESSORS if processor.__name__ == wanted]
+        else:
+            family = family_of(read_config(folder))
+            found = [processor for processor in PROCESSORS if processor.family is family]
+        if not found:
+            raise UnsupportedModel(f"{name} has no processor in vidlm")
+        return found[0].from_pretrained(name, **kwargs)
+
+
+class AutoModelForImageTextToText:
+    """`AutoModelForImageTextToText.from_pretrained(name)` -> the family's model."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ForConditionalGeneration:
+        family = family_of(read_config(read_load_options(kwargs).folder(name)))
+        for model in MODELS:
+            if model.family is family:
+                return model.from_pretrained(name, **kwargs)
+        raise UnsupportedModel(f"{name} has no model class in vidlm")

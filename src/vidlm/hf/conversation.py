@@ -1,0 +1,133 @@
+"""Chat messages with media in them -> messages with image parts alone, and the images, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vidlm.errors import InvalidArgument
+from vidlm.media import Video, load_image, load_video
+from vidlm.types import FrameRef
+
+SOURCES = ("path", "url", "video", "image")  # keys of a media part that may hold its source
+PLACE = ("type", "text", *SOURCES)
+VIDEO_OPTIONS = ("num_frames", "fps", "max_frames", "start", "end")
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """Which frames of a video to take; see `vidlm.media.load_video`."""
+
+    num_frames: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    start: float | str | None = None
+    end: float | str | None = None
+
+    def to_dict(self, default_frames: int) -> dict[str, Any]:
+        """Keywords for load_video; `default_frames` where neither a number nor a rate is given."""
+        values = {name: getattr(self, name) for name in VIDEO_OPTIONS}
+        if self.num_frames is None and self.fps is None:
+            values["num_frames"] = default_frames
+        return values
+
+
+@dataclass
+class Conversation:
+    """messages with only text and image parts; images in the order of their parts (None where the
+    part named no source: the caller passes it); which video frames they are; warnings of media."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    frames: list[FrameRef] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    media: int = 0
+
+
+def read_conversation(
+    messages: Sequence[Mapping[str, Any]],
+    video_parts: Callable[[Video], list[dict[str, Any]]],
+    options: FrameOptions,
+    default_frames: int,
+) -> Conversation:
+    """Load the media of a conversation. Raises InvalidArgument on a part it does not know, and
+    MediaError where a source cannot be read."""
+    read = Conversation()
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise InvalidArgument(
+                f"a message is a dict with role and content, got {message!r}; for a batch pass a "
+                "list of conversations"
+            )
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            parts: list[dict[str, Any]] = []
+            for part in content:
+                parts += _read_part(part, read, video_parts, (options, default_frames))
+            content = parts
+        read.messages.append({**message, "content": content})
+    return read
+
+
+def _read_part(
+    part: Any,
+    read: Conversation,
+    video_parts: Callable[[Video], list[dict[str, Any]]],
+    sampling: tuple[FrameOptions, int],
+) -> list[dict[str, Any]]:
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return [dict(part)]
+    if kind not in ("image", "video"):
+        raise InvalidArgument(f"content part {part!r}; allowed types: text, image, video")
+    unknown = set(part) - set(PLACE) - (set(VIDEO_OPTIONS) if kind == "video" else set())
+    if unknown:
+        raise InvalidArgument(
+            f"a {kind} part has unknown keys {sorted(unknown)}; allowed: {', '.join(PLACE)}"
+            + (f", {', '.join(VIDEO_OPTIONS)}" if kind == "video" else "")
+        )
+    source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
+    if kind == "image":
+        read.images.append(None if source is None else load_image(source))
+        read.media += 1
+        return [{"type": "image"}]
+    if source is None:
+        raise InvalidArgument("a video part names no video; give it a path, url or video key")
+    return _read_video(source, part, read, video_parts, sampling)
+
+
+def _read_video(
+    source: Any,
+    part: Mapping[str, Any],
+    read: Conversation,
+    video_parts: Callable[[Video], list[dict[str, Any]]],
+    sampling: tuple[FrameOptions, int],
+) -> list[dict[str, Any]]:
+    options, default_frames = sampling
+    own = {name: part[name] for name in VIDEO_OPTIONS if name in part}
+    if isinstance(source, Video):
+        if own:
+            raise InvalidArgument(
+                f"{sorted(own)} for a video that is already loaded; leave them out"
+            )
+        video = source
+    else:
+        if "num_frames" in own or "fps" in own:  # the part's own rate replaces the call's
+            options = FrameOptions(start=options.start, end=options.end)
+        keywords = FrameOptions(**{**_given(options), **own}).to_dict(default_frames)
+        video = load_video(source, **keywords)
+    refs = zip(video.indices.tolist(), video.pts.tolist(), strict=True)
+    read.frames += [FrameRef(read.media, index, pts) for index, pts in refs]
+    read.warnings += video.warnings
+    read.media += 1
+    parts = video_parts(video)
+    read.images += [each["image"] for each in parts]
+    return [{"type": "image"} for _ in parts]
+
+
+def _given(options: FrameOptions) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in VIDEO_OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}

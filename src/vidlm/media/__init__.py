@@ -1,0 +1,29 @@
+"""Bytes to frames, with numpy, PyAV and PIL only: safe to import in a worker process, no torch."""
+
+from vidlm.media.fetch import fetch
+from vidlm.media.image import is_image, load_image, to_rgb
+from vidlm.media.sample import FramePolicy
+from vidlm.media.sheet import contact_sheet
+from vidlm.media.video import (
+    Limits,
+    Source,
+    Video,
+    load_video,
+    replace_video_with_images,
+    sample_frames,
+)
+
+__all__ = [
+    "FramePolicy",
+    "Limits",
+    "Source",
+    "Video",
+    "contact_sheet",
+    "fetch",
+    "is_image",
+    "load_image",
+    "load_video",
+    "replace_video_with_images",
+    "sample_frames",
+    "to_rgb",
+]

@@ -1,0 +1,130 @@
+"""What every reader works with: a Timeline to choose from, Limits to keep, the Video chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vidlm.errors import InvalidArgument, MediaLimitError
+from vidlm.media.sample import Rows, Times
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames of a clip and when a player shows them.
+
+    frames: (F, H, W, 3) uint8 RGB, upright, in square pixels. Transparency is dropped.
+    pts: (F,) seconds, ascending, on the player's clock: 0 is the container's own start, which is
+        `start_time` in the container's time. A first frame may come later than 0.
+    indices: (F,) the frames' numbers among the `total_frames` that a player shows, from 0.
+    duration: seconds from pts 0 until the last frame of the clip leaves the screen, by the frames'
+        own times, whatever the header claims.
+    fps: average over the whole clip; with a variable rate no two frames need be 1/fps apart.
+    warnings: what could not be read or had to be changed, in words. Empty for a sound clip.
+    name: for messages and titles.
+
+    Lists and arrays of frames have no clock: pts = indices, fps = 1.0, one second each.
+    Raises InvalidArgument where shapes disagree.
+    """
+
+    frames: Frames
+    pts: Times
+    indices: Rows
+    duration: float
+    fps: float
+    total_frames: int
+    start_time: float = 0.0
+    warnings: tuple[str, ...] = ()
+    name: str = "video"
+
+    def __post_init__(self) -> None:
+        shape = self.frames.shape
+        if len(shape) != 4 or shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise InvalidArgument(
+                f"frames are {self.frames.dtype} {shape}; a Video takes uint8 (F, H, W, 3)"
+            )
+        if not shape[0] == len(self.pts) == len(self.indices) > 0:
+            raise InvalidArgument(
+                f"{shape[0]} frames, {len(self.pts)} pts and {len(self.indices)} indices; "
+                "a Video takes one of each for every frame, and at least one frame"
+            )
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def images(self) -> list[Image.Image]:
+        """The frames as PIL images."""
+        return [Image.fromarray(frame) for frame in self.frames]
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When each frame a player shows appears: pts (N,) seconds, and when the last one goes."""
+
+    pts: Times
+    stop: float
+    start_time: float = 0.0
+
+    @property
+    def fps(self) -> float:
+        span = self.stop - float(self.pts[0])
+        return len(self.pts) / span if span > 0 else 1.0
+
+    def video(self, frames: Frames, rows: Rows, name: str, warnings: Sequence[str] = ()) -> Video:
+        """The Video of these rows, for which `frames` were read."""
+        return Video(
+            frames=frames,
+            pts=self.pts[rows],
+            indices=rows,
+            duration=self.stop,
+            fps=self.fps,
+            total_frames=len(self.pts),
+            start_time=self.start_time,
+            warnings=tuple(warnings),
+            name=name,
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Ceilings that are checked before the memory is taken.
+
+    kept_bytes: of all chosen frames together. pixels: of one frame.
+    """
+
+    kept_bytes: int = 4 << 30
+    pixels: int = 8192 * 8192
+
+    def check(self, name: str, count: int, height: int, width: int) -> None:
+        """Raises MediaLimitError where `count` frames of this size are too much."""
+        if height * width > self.pixels:
+            raise MediaLimitError(
+                f"{name}: frames of {width}x{height} are above the limit of {self.pixels} pixels; "
+                "scale the video down first"
+            )
+        need = count * height * width * 3
+        if need > self.kept_bytes:
+            fit = max(self.kept_bytes // (height * width * 3), 1)
+            raise MediaLimitError(
+                f"{name}: {count} frames of {width}x{height} need {need / 2**20:.0f} MiB, the "
+                f"limit is {self.kept_bytes / 2**20:.0f} MiB; take fewer with num_frames or "
+                f"max_frames (at most {fit}), a smaller fps, or a shorter start..end"
+            )
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def clock(seconds: float) -> str:
+    """mm:ss.ff, with hours where there are any, for messages and titles."""
+    hundredths = round(max(seconds, 0.0) * 100)
+    minutes, rest = divmod(hundredths, 6000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{minutes:02d}:{rest // 100:02d}.{rest % 100:02d}"
+    return f"{hours}:{text}" if hours else text

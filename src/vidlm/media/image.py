@@ -1,0 +1,54 @@
+"""One image from anywhere -> PIL RGB, upright; decoded by PIL, as the references do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vidlm.media.clip import DEFAULT_LIMITS, Limits
+from vidlm.media.stills import reading
+from vidlm.media.video import Source, opened
+
+# What a name must end with to be taken for a still image. GIF, PNG and WebP may be animated, but
+# an animated PNG is rare: it is a video only where the caller says so.
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+
+
+def is_image(source: str | Path) -> bool:
+    """Whether a path or URL names a still image, by its ending (or a data URL by its type)."""
+    name = str(source)
+    if name[:5].lower() == "data:":
+        return name[5:11].lower() == "image/"
+    path = urlsplit(name).path if "://" in name else name
+    return path.lower().endswith(SUFFIXES)
+
+
+def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """An RGB image from a path, URL, bytes, binary file, PIL image or uint8 array (H, W, 3).
+
+    EXIF orientation is applied to files; what is transparent becomes white. Raises MediaNotFound, MediaFetchError, MediaError, or
+    MediaLimitError before an image of too many pixels is decoded.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    with opened(source) as (file, name), reading(name), Image.open(file) as image:
+        limits.check(name, 1, image.height, image.width)
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image of any mode, before white where it is transparent, as transformers 5 has it."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    return Image.fromarray(array).convert("RGB")

@@ -1,0 +1,99 @@
+"""A decoded frame as a player paints it: RGB, upright, in square pixels."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import cast
+
+import numpy as np
+from av.filter import Graph
+from av.sidedata.sidedata import SideData, Type
+from av.video.frame import VideoFrame
+from PIL import Image
+
+from vidlm.media.clip import Frames
+
+# (a, b, c, d) of a display matrix: x' = ax + cy, y' = bx + dy, with y downwards.
+Matrix = tuple[int, int, int, int]
+_QUARTER_TURNS: tuple[Matrix, ...] = (  # counterclockwise
+    (1, 0, 0, 1),
+    (0, -1, 1, 0),
+    (-1, 0, 0, -1),
+    (0, 1, -1, 0),
+)
+
+
+class Painter:
+    """Converts the frames of one stream.
+
+    The conversion is FFmpeg's own `scale` and `format` filters, so that chroma siting, interlacing,
+    matrix and range come out as `ffmpeg -pix_fmt rgb24` has them. (VideoFrame.reformat differs
+    from that by up to 130 levels at the edges of 10-bit and interlaced pictures.)
+    """
+
+    def __init__(self, pixel_aspect: Fraction | None) -> None:
+        self._aspect = pixel_aspect or Fraction(1)
+        self._kind: tuple[object, ...] = ()
+        self._graph: Graph | None = None
+
+    def width(self, stored: int) -> int:
+        """The width in square pixels of a stored one, before any rotation."""
+        return max(round(stored * self._aspect), 1)
+
+    def paint(self, frame: VideoFrame) -> Frames:
+        """(H, W, 3) uint8."""
+        kind = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+        if self._graph is None or kind != self._kind:
+            self._graph, self._kind = self._converter(frame), kind
+        self._graph.push(frame)
+        converted = self._graph.pull()
+        assert isinstance(converted, VideoFrame)
+        return upright(cast(Frames, converted.to_ndarray()), _display_matrix(frame))
+
+    def _converter(self, frame: VideoFrame) -> Graph:
+        graph = Graph()
+        graph.threads = 1  # pictures are small; decoding has the threads
+        source = graph.add(
+            "buffer",
+            video_size=f"{frame.width}x{frame.height}",
+            pix_fmt=frame.format.name,
+            time_base="1/1000",  # required, unused
+            colorspace=str(int(frame.colorspace)),
+            range=str(int(frame.color_range)),
+        )
+        scale = graph.add("scale", f"{self.width(frame.width)}:{frame.height}:flags=bicubic")
+        graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink"))
+        graph.configure()
+        return graph
+
+
+def upright(picture: Frames, matrix: Matrix) -> Frames:
+    """Turned and mirrored by a display matrix: the quarter turn that is nearest to it."""
+    a, b, c, d = matrix
+    across, down = a, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture = picture.swapaxes(0, 1)
+        across, down = c, b
+    if across < 0:
+        picture = picture[:, ::-1]
+    return picture[::-1] if down < 0 else picture
+
+
+def _display_matrix(frame: VideoFrame) -> Matrix:
+    try:
+        items = list(cast(Iterable[SideData], frame.side_data))
+    except ValueError:  # PyAV lists none where it does not know one (EXIF); a turn it tells apart
+        return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
+    for item in items:
+        if item.type is Type.DISPLAYMATRIX:
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(item))
+            return a, b, c, d
+    return _QUARTER_TURNS[0]
+
+
+def resized(picture: Frames, height: int, width: int) -> Frames:
+    """Scaled to a size, for the odd frame that has another one than its clip."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

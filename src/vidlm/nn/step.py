@@ -1,0 +1,74 @@
+"""Step: the only run-time object layers see, beside the tokens themselves.
+
+Tokens of all sequences of a step lie one behind the other in one packed axis T: no batch axis, no
+padding. A Step says where each sequence begins, which position each token has, and where the
+keys and values of earlier tokens are kept. It is an argument, never ambient, so that two engines
+can run in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class KV(Protocol):
+    """Keys and values of one sequence's earlier tokens, for every layer."""
+
+    @property
+    def length(self) -> int:
+        """Tokens stored by the steps before this one."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (n, K, E) new keys and values; return all of them, each (K, S, E)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's share of the packed axis."""
+
+    start: int
+    stop: int
+    kv: KV | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over T packed tokens of one or more sequences.
+
+    positions  (T,) int64, each token's position in its own sequence (for rotary embeddings)
+    lengths    new tokens of each sequence; they add up to T
+    kv         where each sequence's earlier keys and values are, or None to run without a cache
+               (each sequence then starts at its first token here: training, scoring)
+    """
+
+    positions: Tensor
+    lengths: tuple[int, ...]
+    kv: tuple[KV, ...] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all sequences bring the same number of tokens and there is no cache."""
+        return self.kv is None and len(set(self.lengths)) == 1
+
+    def segments(self) -> Iterator[Segment]:
+        start = 0
+        for i, length in enumerate(self.lengths):
+            yield Segment(start, start + length, self.kv[i] if self.kv else None)
+            start += length
+
+    def last_rows(self) -> list[int]:
+        """Row of each sequence's last token: where its next token is predicted."""
+        return [segment.stop - 1 for segment in self.segments()]
+
+
+def packed(lengths: Sequence[int], device: torch.device, kv: Sequence[KV] | None = None) -> Step:
+    """A step of sequences that continue after whatever `kv` holds of them."""
+    pasts = [store.length for store in kv] if kv is not None else [0] * len(lengths)
+    spans = [torch.arange(past, past + n) for past, n in zip(pasts, lengths, strict=True)]
+    positions = torch.cat(spans).to(device)
+    return Step(positions, tuple(lengths), tuple(kv) if kv is not None else None)

@@ -1,0 +1,329 @@
+"""The tokenizer of a checkpoint.
+
+Its tokenizer.json is followed exactly; normaliser and post-processor are never rebuilt from other
+files. For the Llama family this matters: the classic file puts a "▁" before every stretch of text
+that follows an added token, and the recorded outputs of those models depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+from tokenizers import Tokenizer as Backend
+
+from vidlm.errors import InvalidArgument, ModelError
+from vidlm.text.files import (
+    MORE_SPECIAL,
+    NAMED,
+    add_declared,
+    add_special,
+    declared_special,
+    find_template,
+    optional,
+    text_of,
+    with_legacy,
+)
+from vidlm.text.stream import clean_up
+
+ARRAY_LIBRARY = {"np": "numpy", "pt": "torch"}
+
+
+class _IdOf:
+    """The id of a named token; setting the id sets the token."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __get__(self, owner: Tokenizer | None, kind: type[Tokenizer]) -> int | None:
+        token = getattr(owner, self.attribute, None)  # the class itself, asked by help(), has none
+        return None if owner is None or token is None else owner.backend.token_to_id(token)
+
+    def __set__(self, owner: Tokenizer, value: int | None) -> None:
+        token = None if value is None else owner.convert_ids_to_tokens(value)
+        setattr(owner, self.attribute, token)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, with the attribute and method names that users know.
+
+    bos_token, eos_token, unk_token, pad_token, padding_side, clean_up_tokenization_spaces and
+    chat_template may be set. `backend` is the tokenizers.Tokenizer underneath. Nothing truncates.
+    """
+
+    bos_token_id = _IdOf("bos_token")
+    eos_token_id = _IdOf("eos_token")
+    unk_token_id = _IdOf("unk_token")
+    pad_token_id = _IdOf("pad_token")
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: Mapping[str, Any] | None = None,
+        *,
+        chat_template: str | None = None,
+    ) -> None:
+        """`config` is what a tokenizer_config.json holds; what it lacks has the usual default."""
+        self._config = dict(config or {})
+        self.backend = backend
+        # A tokenizer.json may carry the padding and truncation of some training run.
+        backend.no_padding()
+        backend.no_truncation()
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
+            text_of(self._config.get(name)) for name in NAMED
+        )
+        self.padding_side: str = self._config.get("padding_side") or "right"
+        self.clean_up_tokenization_spaces = bool(
+            self._config.get("clean_up_tokenization_spaces", False)
+        )
+        self.chat_template = chat_template
+        add_declared(backend, self._config)
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
+        """Read tokenizer.json and the small files around it.
+
+        Raises ModelError if tokenizer.json is missing or broken, or the files disagree.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{folder} has no tokenizer.json (tokenizer.model alone is not enough); save one "
+                "into it with transformers: AutoTokenizer.from_pretrained(folder, use_fast=True)"
+                ".save_pretrained(folder)"
+            )
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise ModelError(
+                f"{path} is not a tokenizer: {error}; download or save the file again"
+            ) from error
+        config = optional(folder / "tokenizer_config.json")
+        template = find_template(folder, config)
+        for key, value in optional(folder / "special_tokens_map.json").items():
+            if config.get(key) is None:
+                config[key] = value
+        legacy = optional(folder / "added_tokens.json")
+        return cls(backend, with_legacy(config, legacy, backend), chat_template=template)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
+
+        transformers' AutoTokenizer reads the folder too.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        added = self.backend.get_added_tokens_decoder()
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._config,
+            **{name: getattr(self, name) for name in NAMED},
+            "padding_side": self.padding_side,
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "added_tokens_decoder": {str(id): added[id].__getstate__() for id in sorted(added)},
+        }
+        config.pop("chat_template", None)  # it goes to the file that wins over all other places
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        if self.chat_template is not None:
+            # bytes: text mode would turn the template's line ends into the platform's
+            (folder / "chat_template.jinja").write_bytes(self.chat_template.encode())
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary without added tokens; `len()` counts those too."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that `skip_special_tokens` removes, ascending."""
+        added = self.backend.get_added_tokens_decoder()
+        return sorted(id for id, token in added.items() if token.special)
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The named tokens that are set, as chat templates get them: {"bos_token": "<s>", ...}."""
+        return {name: token for name in NAMED if (token := getattr(self, name)) is not None}
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str] | tuple[str, ...]) -> list[int | None]: ...
+    def convert_tokens_to_ids(
+        self, tokens: str | list[str] | tuple[str, ...]
+    ) -> int | list[int | None] | None:
+        """Ids of tokens; a token not in the vocabulary has unk's id, or None without one."""
+        if isinstance(tokens, str):
+            id = self.backend.token_to_id(tokens)
+            return self.unk_token_id if id is None else id
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+    @overload
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]: ...
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
+        """Tokens of ids; None for an id beyond the vocabulary (padded embedding rows have such)."""
+        tokens = [self.backend.id_to_token(id) for id in _token_ids(ids)]
+        return tokens[0] if isinstance(ids, int) else tokens
+
+    def add_special_tokens(self, tokens: Sequence[str] | Mapping[str, Any]) -> int:
+        """Add special tokens that are cut out of the text before it is normalised.
+
+        `tokens` is a list, or a map such as {"pad_token": "<pad>", "additional_special_tokens":
+        [...]} that also sets the named ones. Returns how many entered the vocabulary.
+        """
+        if isinstance(tokens, Mapping):
+            allowed = (*NAMED, *MORE_SPECIAL)
+            if unknown := sorted(set(tokens) - set(allowed)):
+                raise InvalidArgument(
+                    f"add_special_tokens got {unknown[0]!r}; allowed are {', '.join(allowed)}"
+                )
+            for name in NAMED:
+                if name in tokens:
+                    setattr(self, name, text_of(tokens[name]))
+        else:
+            tokens = {"additional_special_tokens": list(tokens)}
+        before = len(self)
+        add_special(self.backend, declared_special(tokens))
+        return len(self) - before
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; `add_special_tokens` lets tokenizer.json add BOS and the like."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
+        """The text of one id, a sequence of ids, or a 1-D array or tensor of them.
+
+        Ids beyond the vocabulary have no text. `clean_up_tokenization_spaces` is the file's choice
+        unless given.
+        """
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        text = self.backend.decode(_token_ids(ids), skip_special_tokens=skip_special_tokens)
+        return clean_up(text) if clean_up_tokenization_spaces else text
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Any],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
+        """The text of each row."""
+        options = (skip_special_tokens, clean_up_tokenization_spaces)
+        return [self.decode(row, *options) for row in sequences]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> dict[str, Any]:
+        """{"input_ids", "attention_mask"} of a text or a batch of texts.
+
+        Lists; with return_tensors "np" or "pt" arrays (B, T) of int64, also for a single text.
+        Raises InvalidArgument for a choice there is not, or rows of unequal length as an array.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        # One by one: encode_batch starts threads, and a process that has them may not fork.
+        rows = [self.encode(item, add_special_tokens) for item in texts]
+        batch = self.batch(
+            rows, padding=padding, padding_side=padding_side, return_tensors=return_tensors
+        )
+        if isinstance(text, str) and return_tensors is None:
+            return {name: value[0] for name, value in batch.items()}
+        return batch
+
+    def batch(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        padding: bool | str = False,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+    ) -> dict[str, Any]:
+        """{"input_ids", "attention_mask"} of rows of ids, as `__call__` gives them for texts."""
+        _require("padding", padding, (False, True, "longest"))
+        _require("padding_side", padding_side, (None, "left", "right"))
+        _require("return_tensors", return_tensors, (None, *ARRAY_LIBRARY))
+        ids = [list(row) for row in rows]
+        masks = [[1] * len(row) for row in ids]
+        if padding:
+            self._pad(ids, masks, padding_side or self.padding_side)
+        if return_tensors is None:
+            return {"input_ids": ids, "attention_mask": masks}
+        return {
+            "input_ids": _array(ids, return_tensors),
+            "attention_mask": _array(masks, return_tensors),
+        }
+
+    def _pad(self, rows: list[list[int]], masks: list[list[int]], side: str) -> None:
+        """Bring all rows to the longest one's length, in place."""
+        _require("tokenizer.padding_side", side, ("left", "right"))
+        pad = self.pad_token_id
+        if pad is None:
+            raise InvalidArgument(
+                f"padding needs a pad token of the vocabulary, tokenizer.pad_token is "
+                f"{self.pad_token!r}; set it, for example to tokenizer.eos_token"
+            )
+        longest = max(map(len, rows), default=0)
+        for row, mask in zip(rows, masks, strict=True):
+            missing = longest - len(row)
+            at = 0 if side == "left" else len(row)
+            row[at:at] = [pad] * missing
+            mask[at:at] = [0] * missing
+
+
+def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgument(
+            f"{name}={value!r} is not possible; allowed are {', '.join(map(repr, allowed))}"
+        )
+
+
+def _array(rows: list[list[int]], kind: str) -> Any:
+    """Rows as a (B, T) array of int64; its library is imported only here, when asked for."""
+    if len({len(row) for row in rows}) > 1:
+        raise InvalidArgument(
+            f"texts of {sorted({len(row) for row in rows})} tokens do not fit into one array; "
+            "pass padding=True"
+        )
+    library = import_module(ARRAY_LIBRARY[kind])
+    return library.asarray(rows, dtype=library.int64)
+
+
+def _token_ids(ids: Any) -> list[int]:
+    """One id, or a flat sequence, array or tensor of ids, as a list."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    try:
+        row = [operator.index(id) for id in ([ids] if isinstance(ids, int) else ids)]
+    except TypeError as error:
+        raise InvalidArgument(
+            f"token ids must be one integer or a flat row of integers ({error}); "
+            "use batch_decode for several rows"
+        ) from error
+    if wrong := [id for id in row if not 0 <= id < 2**32]:
+        raise InvalidArgument(
+            f"{wrong[0]} is not a token id; ids are >= 0, so remove label masks (-100) and "
+            "media placeholders before decoding"
+        )
+    return row

@@ -1,0 +1,86 @@
+"""The nouns every layer shares: frozen, checked once where they are made, and free of torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from vidlm.errors import InvalidArgument
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # an end-of-sequence token or a stop string
+    LENGTH = "length"  # max_new_tokens reached
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    Greedy unless `temperature` is above 0. The filters apply in this order: repetition penalty,
+    min_new_tokens, temperature, top_k, top_p, min_p (the order of transformers' logits
+    processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
+    `seed=None` draws from torch's global generator.
+
+    Raises InvalidArgument on a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._check(
+            "min_new_tokens",
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            f"from 0 to max_new_tokens ({self.max_new_tokens})",
+        )
+        finite = math.isfinite(self.temperature)
+        self._check("temperature", finite and self.temperature >= 0, "0 (greedy) or more")
+        self._check("top_k", self.top_k >= 0, "0 (off) or more")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        self._check("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1")
+        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off")
+        self._check("num_beams", self.num_beams >= 1, "at least 1")
+        self._check("stop", all(self.stop), "non-empty strings")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise InvalidArgument(
+                f"num_beams={self.num_beams} with temperature={self.temperature}: beam search is "
+                "deterministic here; use num_beams=1 to sample or temperature=0 for beams"
+            )
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise InvalidArgument(f"{name}={getattr(self, name)!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """A frame an answer was based on: which of the media, its index and its time in seconds."""
+
+    media: int
+    index: int
+    pts: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer. `media_tokens` is the part of `prompt_tokens` that media took."""
+
+    prompt_tokens: int
+    media_tokens: int
+    completion_tokens: int

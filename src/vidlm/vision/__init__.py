@@ -1,0 +1,1 @@
+"""Vision towers and the preprocessing of pixels for them."""

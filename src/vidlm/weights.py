@@ -1,0 +1,239 @@
+"""Safetensors bytes straight into a model built on the meta device.
+
+Each tensor is read once, from the file into the memory it will live in, so that loading peaks at
+the size of the weights and not at twice it (memory-mapped pages would count a second time). Names
+are translated by the family's rename table; a missing, left-over or misshapen tensor raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vidlm.errors import UnsupportedModel, WeightsError
+from vidlm.hub import TensorEntry, read_safetensors_header, weight_files
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+CHUNK = 16 << 20  # bytes converted at a time when the file's dtype is not the model's
+SHARD = 5 << 30  # bytes of one file of a saved checkpoint, as the hub does it
+
+
+@dataclass(frozen=True)
+class Renames:
+    """How other layouts spell a family's parameter names.
+
+    table    (regular expression, replacement), tried in order; the first that matches is applied
+    ignored  names of tensors that checkpoints carry and no forward pass reads
+    """
+
+    table: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def name(self, stored: str) -> str | None:
+        """The parameter a stored tensor belongs to, or None where it is known to be unused."""
+        if any(re.search(pattern, stored) for pattern in self.ignored):
+            return None
+        for pattern, replacement in self.table:
+            renamed, hits = re.subn(pattern, replacement, stored, count=1)
+            if hits:
+                return renamed
+        return stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the bytes of one parameter are."""
+
+    path: Path
+    entry: TensorEntry
+
+
+def load(
+    model: nn.Module,
+    folder: Path,
+    renames: Renames,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill a model built on the meta device from the safetensors files of `folder`.
+
+    `progress(done, total)` is called with bytes. Raises WeightsError, listing names, where tensors
+    are missing, left over, doubled or of another shape; the model is then unusable.
+    """
+    shared = _shared_parameters(model)
+    stored = _locate(folder, renames)
+    for alias, name in shared.items():  # a tied head may be stored too; it equals its twin
+        twin = stored.pop(alias, None)
+        if twin is not None:
+            stored.setdefault(name, twin)
+    parameters = dict(model.named_parameters())
+    _compare(parameters, stored, folder)
+    total = sum(place.entry.stop - place.entry.start for place in stored.values())
+    done = 0
+    for name, place in _in_file_order(stored):
+        tensor = _read(place, dtype).to(device)
+        _assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        done += place.entry.stop - place.entry.start
+        if progress is not None:
+            progress(done, total)
+    for alias, name in shared.items():
+        _assign(model, alias, model.get_parameter(name))
+
+
+def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
+    """Write the parameters as safetensors, in several files with an index past `shard` bytes."""
+    tensors = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
+    groups = _shards(tensors, shard)
+    if len(groups) == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    for name, group in zip(names, groups, strict=True):
+        save_file(group, folder / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": {k: n for n, group in zip(names, groups, strict=True) for k in group},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype most bytes of a checkpoint are stored in."""
+    sizes: dict[str, int] = {}
+    for path in sorted(set(weight_files(folder).values())):
+        for entry in read_safetensors_header(path).values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
+    name = max(sizes, key=lambda key: sizes[key])
+    return _torch_dtype(name, folder)
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Second names of parameters that have two: {"lm_head.weight": "embed_tokens.weight"}."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return aliases
+
+
+def _locate(folder: Path, renames: Renames) -> dict[str, Stored]:
+    headers: dict[Path, dict[str, TensorEntry]] = {}
+    found: dict[str, Stored] = {}
+    for stored_name, path in weight_files(folder).items():
+        name = renames.name(stored_name)
+        if name is None:
+            continue
+        if path not in headers:
+            headers[path] = read_safetensors_header(path)
+        if stored_name not in headers[path]:
+            raise WeightsError(
+                f"the index of {folder} puts {stored_name!r} into {path.name}, which does not have "
+                "it; download the checkpoint again"
+            )
+        if name in found:
+            raise WeightsError(f"{folder} holds {name!r} twice, the second time as {stored_name!r}")
+        found[name] = Stored(path, headers[path][stored_name])
+    return found
+
+
+def _compare(parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], folder: Path) -> None:
+    problems = [
+        *_listed("missing", [name for name in parameters if name not in stored]),
+        *_listed("left over", [name for name in stored if name not in parameters]),
+        *_listed(
+            "of another shape",
+            [
+                f"{name} {tuple(stored[name].entry.shape)} instead of {tuple(parameter.shape)}"
+                for name, parameter in parameters.items()
+                if name in stored and tuple(stored[name].entry.shape) != tuple(parameter.shape)
+            ],
+        ),
+    ]
+    if problems:
+        raise WeightsError(
+            f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}. Check "
+            "that both files are of the same model and completely downloaded"
+        )
+
+
+def _listed(what: str, names: Sequence[str], most: int = 20) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{len(names)} tensors {what}: {', '.join(names[:most])}{more}"]
+
+
+def _in_file_order(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Stored]]:
+    yield from sorted(stored.items(), key=lambda item: (item[1].path, item[1].entry.start))
+
+
+def _torch_dtype(name: str, where: Path) -> torch.dtype:
+    if name not in DTYPES:
+        raise UnsupportedModel(f"{where} stores {name} tensors; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _read(place: Stored, dtype: torch.dtype) -> Tensor:
+    entry = place.entry
+    source = _torch_dtype(entry.dtype, place.path)
+    out = torch.empty(entry.shape, dtype=dtype)
+    with place.path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        if source == dtype:
+            _fill(file, out, place)
+        else:
+            flat = out.view(-1)
+            rows = CHUNK // source.itemsize
+            for start in range(0, flat.numel(), rows):
+                piece = torch.empty(min(rows, flat.numel() - start), dtype=source)
+                _fill(file, piece, place)
+                flat[start : start + piece.numel()].copy_(piece)
+    return out
+
+
+def _fill(file: BinaryIO, tensor: Tensor, place: Stored) -> None:
+    """Read exactly the tensor's bytes into its memory."""
+    if tensor.numel() == 0:
+        return
+    buffer: np.ndarray = tensor.view(-1).view(torch.uint8).numpy()
+    view = memoryview(buffer)  # type: ignore[arg-type]  # an ndarray is a buffer
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise WeightsError(f"{place.path} ended early; download it again")
+        view = view[count:]
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)

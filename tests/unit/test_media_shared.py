@@ -1,0 +1,82 @@
+"""The larger corpus, where there is one: real files with real quirks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import clips
+from vidlm.errors import MediaError
+from vidlm.media import Video, load_video
+
+# Turned back before the numbers are read: the strip was painted before the file got its tag.
+TURNED = {"gen_h264_rotate90.mp4": -1, "gen_h264_rotate180.mp4": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(shared: Path) -> Path:
+    return shared / "data" / "videos"
+
+
+def entries(corpus: Path) -> list[dict]:
+    return json.loads((corpus / "index.json").read_text("utf-8"))
+
+
+def check_numbers(name: str, video: Video) -> None:
+    frames = np.rot90(video.frames, TURNED.get(name, 0), (1, 2))
+    assert clips.numbers(frames) == video.indices.tolist(), name
+
+
+def test_numbered_files_give_the_frame_asked_for(corpus: Path) -> None:
+    names = [entry["file"] for entry in entries(corpus) if entry.get("ids_ok")]
+    assert len(names) > 40
+    for name in names:
+        check_numbers(name, load_video(corpus / name, num_frames=8))
+        check_numbers(name, load_video(corpus / name, fps=2, max_frames=4))
+
+
+def test_every_file_is_read_or_refused(corpus: Path) -> None:
+    for entry in entries(corpus):
+        name, decoded = entry["file"], entry.get("decoded") or 0
+        if decoded or name.endswith(".webp"):
+            video = load_video(corpus / name, num_frames=2)
+            assert 0 < len(video) <= 2, name
+            assert video.total_frames >= decoded or video.warnings, name
+        else:
+            with pytest.raises(MediaError, match=name):
+                load_video(corpus / name)
+
+
+def test_what_is_shown_is_counted(corpus: Path) -> None:
+    """Against the corpus' own full decodes. (Another stream is best in the one with two.)"""
+    for entry in entries(corpus):
+        name = entry["file"]
+        if not entry.get("decoded") or name in ("decord_corrupted.mp4", "tc_nasa_13013.mp4"):
+            continue
+        video = load_video(corpus / name, max_frames=1)
+        assert video.total_frames == entry["decoded"], name
+        assert video.fps > 0, name
+
+
+def test_twenty_minutes_take_eight_frames(corpus: Path) -> None:
+    video = load_video(corpus / "gen_h264_20min_30000frames.mp4", num_frames=8)
+    check_numbers(video.name, video)
+    assert video.indices.tolist() == [i * 3750 for i in range(8)]
+    assert video.pts.tolist() == [i * 150.0 for i in range(8)]
+
+
+def test_a_clip_with_two_streams_shows_the_better_one(corpus: Path) -> None:
+    video = load_video(corpus / "tc_nasa_13013.mp4", num_frames=4)
+    assert video.frames.shape == (4, 270, 480, 3)
+    assert video.total_frames == 390
+
+
+def test_wide_pixels_and_turned_pictures(corpus: Path) -> None:
+    assert load_video(corpus / "gen_h264_sar_4x3.mp4", num_frames=1).frames.shape[2] == 341
+    assert load_video(corpus / "gen_h264_rotate90.mp4", num_frames=1).frames.shape[1:3] == (
+        256,
+        144,
+    )
