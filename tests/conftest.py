@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared() -> Path:
     """A folder with a larger corpus: the one VIDLM_SHARED names, or `shared` beside the repository.
 
@@ -24,7 +24,7 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clips_dir() -> Path:
     """The small licensed clips of the repository."""
     return Path(__file__).with_name("data")

@@ -23,7 +23,7 @@ LAYERS = (
     ("models", "quant"),
     ("engine",),
     ("hf", "compat"),
-    ("api", "server", "batch", "train", "demo", "cli", ""),
+    ("api", "plan", "server", "batch", "train", "demo", "cli", ""),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -37,12 +37,12 @@ APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 # Applications see the library as a user does: these packages by their public names, never by a
 # submodule; the next ones with their submodules; and what a single application needs besides.
 APPLICATIONS = ("server", "batch", "train", "demo", "cli")
-DOORS = ("", "api", "engine", "hf")
+DOORS = ("", "api", "plan", "engine", "hf")
 OPEN = ("media", "types", "errors")
 ALSO = {
     "train": ("models", "nn"),
     "demo": ("hub", "text"),
-    "demo.train": ("models", "nn"),
+    "demo.train": ("models", "nn", "weights"),
     "cli": ("server", "batch", "train", "demo"),
 }
 

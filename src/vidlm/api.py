@@ -231,9 +231,12 @@ class Chat:
             if piece:
                 yield piece
             if stopped:
+                finish = FinishReason.STOP
                 break
         else:
-            rest = stops.push(text.flush())[0] + stops.flush()
+            rest, stopped = stops.push(text.flush())
+            rest += stops.flush()
+            finish = FinishReason.STOP if stopped else finish
             said += rest
             if rest:
                 yield rest

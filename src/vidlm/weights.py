@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidlm.errors import UnsupportedModel, WeightsError
-from vidlm.hub import TensorEntry, read_safetensors_header, weight_files
+from vidlm.hub import INDEX, TensorEntry, read_safetensors_header, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,6 +28,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+SINGLE = "model.safetensors"
 CHUNK = 16 << 20  # bytes converted at a time when the file's dtype is not the model's
 SHARD = 5 << 30  # bytes of one file of a saved checkpoint, as the hub does it
 
@@ -78,10 +79,14 @@ def load(
     """
     shared = _shared_parameters(model)
     stored = _locate(folder, renames)
-    for alias, name in shared.items():  # a tied head may be stored too; it equals its twin
-        twin = stored.pop(alias, None)
-        if twin is not None:
-            stored.setdefault(name, twin)
+    for alias, name in shared.items():
+        twin = stored.pop(alias, None)  # a tied head may be stored as well, or instead
+        if twin is not None and not _same(stored.setdefault(name, twin), twin):
+            raise WeightsError(
+                f"the config.json in {folder} ties {alias} to {name}, whose stored values differ; "
+                "set tie_word_embeddings to false in it if the model has a head of its own, and "
+                "download the checkpoint again if not"
+            )
     parameters = dict(model.named_parameters())
     _compare(parameters, stored, folder)
     total = sum(place.entry.stop - place.entry.start for place in stored.values())
@@ -97,11 +102,18 @@ def load(
 
 
 def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
-    """Write the parameters as safetensors, in several files with an index past `shard` bytes."""
+    """Write the parameters as safetensors, in several files with an index past `shard` bytes.
+
+    Weights under these names that were in the folder before are gone afterwards.
+    """
     tensors = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     groups = _shards(tensors, shard)
+    # Left in place, an index or the files of another division would be read instead of these.
+    for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):
+        for old in folder.glob(pattern):
+            old.unlink()
     if len(groups) == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         return
     names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
@@ -110,7 +122,7 @@ def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": {k: n for n, group in zip(names, groups, strict=True) for k in group},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -164,6 +176,20 @@ def _locate(folder: Path, renames: Renames) -> dict[str, Stored]:
             raise WeightsError(f"{folder} holds {name!r} twice, the second time as {stored_name!r}")
         found[name] = Stored(path, headers[path][stored_name])
     return found
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    """Whether the files hold the same values for both, byte for byte."""
+    if a == b:
+        return True
+    if (a.entry.dtype, a.entry.shape) != (b.entry.dtype, b.entry.shape):
+        return False
+    with a.path.open("rb") as one, b.path.open("rb") as other:
+        one.seek(a.entry.start)
+        other.seek(b.entry.start)
+        left = a.entry.stop - a.entry.start
+        sizes = (min(CHUNK, left - done) for done in range(0, left, CHUNK))
+        return all(one.read(size) == other.read(size) for size in sizes)
 
 
 def _compare(parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], folder: Path) -> None:

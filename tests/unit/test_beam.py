@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import torchvision_on_cpu  # noqa: F401 (transformers loads its models, and torchvision, when asked)
@@ -17,7 +20,7 @@ from vidlm.engine.kv import SequenceKV
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Encoded, Media, Prompt, VideoModel
 from vidlm.nn.decoder import CausalLM, DecoderConfig
-from vidlm.nn.step import Step
+from vidlm.nn.step import Step, packed
 from vidlm.types import FinishReason, SamplingParams
 
 V = 37
@@ -47,12 +50,17 @@ class TextModel(VideoModel):
         return self.language_model.lm_head(h)
 
 
-Pair = tuple[TextModel, Any]
+@dataclass(frozen=True)
+class Pair:
+    """One small random model twice, and tokens it likes, likeliest first, to end answers with."""
+
+    ours: TextModel
+    theirs: Any
+    ends: tuple[int, ...]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """The same small random model twice: ours and transformers'."""
     sizes = {
         "vocab_size": V,
         "hidden_size": 24,
@@ -69,10 +77,10 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     ours = TextModel(DecoderConfig.from_dict({"model_type": request.param, **sizes})).eval()
     ours.language_model.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return Pair(ours, theirs, frequent_tokens(ours))
 
 
 def prompt_of(seed: int) -> tuple[int, ...]:
@@ -85,7 +93,7 @@ def found(model: TextModel, ids: tuple[int, ...], params: SamplingParams) -> Out
 
 
 def expected(model: Any, ids: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
-    """transformers' answer. It checks its own settings; they go past that in its own words."""
+    """transformers' answer."""
     prompt = torch.tensor([ids])
     output = model.generate(
         prompt,
@@ -104,8 +112,8 @@ def expected(model: Any, ids: tuple[int, ...], params: SamplingParams) -> tuple[
 
 
 def check(pair: Pair, ids: tuple[int, ...], params: SamplingParams) -> Output:
-    output = found(pair[0], ids, params)
-    assert output.ids == expected(pair[1], ids, params), params
+    output = found(pair.ours, ids, params)
+    assert output.ids == expected(pair.theirs, ids, params), params
     assert output.finish == reason(output.ids, params)
     return output
 
@@ -117,12 +125,12 @@ def reason(ids: tuple[int, ...], params: SamplingParams) -> FinishReason:
     return FinishReason.LENGTH
 
 
-def likely_ends(model: TextModel, count: int) -> tuple[int, ...]:
-    """Tokens that answers without an end contain most often, so that they do end answers."""
+def frequent_tokens(model: TextModel) -> tuple[int, ...]:
+    """By how often they stand in a few answers that have no end."""
     params = SamplingParams(max_new_tokens=12, num_beams=3)
     answers = [found(model, prompt_of(seed), params).ids for seed in range(6)]
     counts = torch.tensor([*itertools.chain(*answers)]).bincount(minlength=V)
-    return tuple(counts.argsort(descending=True, stable=True)[:count].tolist())
+    return tuple(counts.argsort(descending=True, stable=True).tolist())
 
 
 # ---- parity ----------------------------------------------------------------------------------
@@ -134,15 +142,85 @@ def likely_ends(model: TextModel, count: int) -> tuple[int, ...]:
 def test_ids_are_transformers(
     pair: Pair, num_beams: int, early_stopping: bool, length_penalty: float
 ) -> None:
-    ends = likely_ends(pair[0], 2)
-    outputs = []
-    for seed in range(4):
+    for seed, max_new_tokens in enumerate((1, 5, 9, 14)):
         params = SamplingParams(
-            max_new_tokens=(1, 5, 9, 14)[seed],
-            eos_token_ids=ends[: 1 + seed % 2],
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=pair.ends[: 1 + seed % 2] if seed < 3 else pair.ends[1:4],
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
-        outputs.append(check(pair, prompt_of(seed + 10), params))
-    assert {len(output.ids) for output in outputs} != {1}
+        check(pair, prompt_of(seed + 10), params)
+
+
+@settings(max_examples=25)
+@given(data=st.data(), seed=st.integers(0, 10_000))
+def test_any_settings(pair: Pair, data: st.DataObject, seed: int) -> None:
+    max_new_tokens = data.draw(st.integers(1, 12))
+    ends = st.sampled_from(pair.ends[:8])
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=data.draw(st.integers(0, max_new_tokens)),
+        eos_token_ids=tuple(data.draw(st.lists(ends, max_size=3, unique=True))),
+        num_beams=data.draw(st.integers(2, 5)),
+        length_penalty=data.draw(st.floats(-1.5, 3).map(lambda x: round(x, 2))),
+        early_stopping=data.draw(st.booleans()),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.1, 1.7, 0.8])),
+    )
+    check(pair, prompt_of(seed), params)
+
+
+def test_every_setting_tells(pair: Pair) -> None:
+    """The parity above means something: each setting changes answers, and they end in all ways."""
+    plain = SamplingParams(max_new_tokens=12, num_beams=3, eos_token_ids=pair.ends[1:3])
+    answers = [found(pair.ours, prompt_of(seed), plain) for seed in range(12)]
+    assert {answer.finish for answer in answers} == set(FinishReason)
+    assert any(1 < len(answer.ids) < 12 for answer in answers)
+    changes: list[dict[str, Any]] = [
+        {"num_beams": 2},
+        {"length_penalty": 0.0},
+        {"length_penalty": 2.5},
+        {"early_stopping": True},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 6},
+        {"eos_token_ids": plain.eos_token_ids[:1]},
+    ]
+    for change in changes:
+        params = replace(plain, **change)
+        others = [found(pair.ours, prompt_of(seed), params) for seed in range(12)]
+        assert others != answers, change
+
+
+def test_more_beams_than_tokens(pair: Pair) -> None:
+    params = SamplingParams(max_new_tokens=3, num_beams=V + 3)
+    check(pair, prompt_of(1), params)
+
+
+# ---- without an oracle -----------------------------------------------------------------------
+
+
+def test_with_a_beam_for_every_beginning_the_best_answer_is_found(pair: Pair) -> None:
+    model, ids = pair.ours, prompt_of(5)
+    params = SamplingParams(max_new_tokens=2, num_beams=V, length_penalty=0.0)
+    with torch.inference_mode():
+        every = torch.tensor([(*ids, first) for first in range(V)])
+        x = model.embed(every.flatten())
+        step = packed([len(ids) + 1] * V, model.device)
+        chances = model.logits(model.hidden(x, step)).log_softmax(-1).unflatten(0, every.shape)
+    sums = chances[0, len(ids) - 1, :, None] + chances[:, -1]  # (V, V): first and second token
+    assert found(model, ids, params).ids == divmod(int(sums.argmax()), V)
+
+
+def test_the_context_ends_an_answer(pair: Pair) -> None:
+    """64 positions, 60 of them the prompt's."""
+    ids = tuple(i % 30 for i in range(60))
+    params = SamplingParams(max_new_tokens=20, num_beams=3)
+    output = found(pair.ours, ids, params)
+    assert output.ids == expected(pair.theirs, ids, replace(params, max_new_tokens=4))
+    assert output.finish == FinishReason.LENGTH
+
+
+def test_stop_strings_are_refused(pair: Pair) -> None:
+    params = SamplingParams(num_beams=2, stop=("end",))
+    with pytest.raises(InvalidArgument, match="num_beams=1"):
+        beam.search(pair.ours, Request(Prompt((1,)), params), torch.zeros(V), SequenceKV(2), 1)

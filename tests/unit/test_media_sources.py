@@ -286,15 +286,27 @@ def test_sound_alone_is_no_video() -> None:
         load_video(clips.sound(with_cover=True))
 
 
-def test_a_file_that_fails_to_read_is_a_media_error(mp4: bytes) -> None:
-    class Failing(io.BytesIO):
-        def read(self, size: int = -1) -> bytes:
-            if self.tell() > 16:
-                raise OSError(5, "Input/output error")
-            return super().read(min(size, 16))
+class Failing(io.BytesIO):
+    """A disk with a bad spot."""
 
-    with pytest.raises(MediaError, match="video: "):
-        load_video(Failing(mp4))
+    good = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= self.good:
+            raise OSError(5, "Input/output error")
+        return super().read(min(size or -1, self.good))
+
+
+def test_a_file_that_fails_to_read_is_a_media_error(mp4: bytes) -> None:
+    for good in (0, 16, len(mp4) // 2):
+        file = Failing(mp4)
+        file.good = good
+        with pytest.raises(MediaError, match="video: "):
+            load_video(file)
+    closed = io.BytesIO(mp4)
+    closed.close()
+    with pytest.raises(MediaError, match="cannot be read"):
+        load_video(closed)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4302), st.binary(min_size=1, max_size=8)), max_size=12))

@@ -255,6 +255,28 @@ def test_colours_follow_matrix_and_range(matrix: str, full: bool) -> None:
     assert np.abs(painted - (200, 60, 30)).max() <= 2
 
 
+def test_a_reserved_matrix_counts_as_none() -> None:
+    frames = []
+    for tag in (2, 3):
+        frame = av.VideoFrame.from_ndarray(solid(200, 60, 30), format="rgb24")
+        frame = frame.reformat(format="yuv420p")
+        frame.colorspace = tag
+        frames.append(Painter(None).paint(frame))
+    assert (frames[0] == frames[1]).all()
+
+
+def test_a_matrix_without_a_conversion_is_a_media_error(mp4: bytes, monkeypatch) -> None:
+    paint = Painter.paint
+
+    def tagged(painter: Painter, frame: av.VideoFrame) -> clips.Frames:
+        frame.colorspace = 8  # YCgCo
+        return paint(painter, frame)
+
+    monkeypatch.setattr(Painter, "paint", tagged)
+    with pytest.raises(MediaError, match="128x96 picture in yuv420p cannot be turned into RGB"):
+        load_video(mp4)
+
+
 def test_pixels_that_are_not_square_are_widened(mp4: bytes) -> None:
     painter = Painter(Fraction(4, 3))
     frame = av.VideoFrame.from_ndarray(clips.picture(5), format="rgb24")

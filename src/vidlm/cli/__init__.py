@@ -12,11 +12,13 @@ import typer
 from vidlm import __version__
 from vidlm.cli.ask import ask
 from vidlm.cli.options import Ask, Demo, Frames, Info, command
+from vidlm.cli.outcome import show_warnings
 from vidlm.cli.tools import demo, frames, info
 
 
 def main() -> None:
     """What `vidlm` runs."""
+    show_warnings()
     application()(prog_name="vidlm")
 
 

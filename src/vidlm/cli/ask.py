@@ -35,7 +35,7 @@ def ask(given: Ask) -> None:
         media = [read(source) for source in sources]
         lm = _load(given, progress)
         stream = _read(lm, media, question, given, progress)
-        pieces = _first_token(stream, progress)
+        pieces = _first_token(stream, media, progress)
         if given.json:
             told = {"model": given.model, "question": question, "sources": sources}
             print(json.dumps({**told, **stream.answer.to_dict()}), flush=True)
@@ -91,35 +91,39 @@ def _read(lm: LM, media: list[Any], question: str, given: Ask, progress: Progres
     stream = lm.stream(
         media, question, **{name: value for name, value in keywords.items() if value is not None}
     )
-    progress.done(stream.timings.decode_media, "read", _frames(stream, media))
+    progress.done(
+        stream.timings.decode_media, "read", _counted(stream, media) + _span(stream, media)
+    )
     progress.done(stream.timings.preprocess, "prepare", f"{stream.prompt_tokens:,} tokens")
     return stream
 
 
-def _frames(stream: AnswerStream, media: list[Any]) -> str:
-    """Which frames were read, as far as a line holds it."""
-    from vidlm.media.clip import clock
-
+def _counted(stream: AnswerStream, media: list[Any]) -> str:
+    """ "8 frames", "16 frames of 2 videos", "8 frames and 1 image"."""
     videos = len({frame.media for frame in stream.frames})
     images = len(media) - videos
-    told = []
-    if videos == 1:
-        first, last = clock(stream.frames[0].pts), clock(stream.frames[-1].pts)
-        told = [f"{len(stream.frames)} frames, {first} to {last}"]
-    elif videos:
-        told = [f"{len(stream.frames)} frames of {videos} videos"]
-    if images:
-        told.append(f"{images} images" if images > 1 else "1 image")
-    return ", ".join(told)
+    frames = f"{len(stream.frames)} frames" + (f" of {videos} videos" if videos > 1 else "")
+    stills = f"{images} image" + ("s" if images > 1 else "")
+    return " and ".join([frames] * (videos > 0) + [stills] * (images > 0))
 
 
-def _first_token(stream: AnswerStream, progress: Progress) -> Iterator[str]:
+def _span(stream: AnswerStream, media: list[Any]) -> str:
+    """From when to when, where that is one clip's time."""
+    from vidlm.media.clip import clock
+
+    if len(media) > 1 or not stream.frames:
+        return ""
+    return f", {clock(stream.frames[0].pts)} to {clock(stream.frames[-1].pts)}"
+
+
+def _first_token(stream: AnswerStream, media: list[Any], progress: Progress) -> Iterator[str]:
     """Wait for the first piece of the answer, and tell what led to it."""
-    progress.now("looking and thinking")
+    counted, tokens = _counted(stream, media), stream.prompt_tokens
+    progress.now(f"{counted}, {tokens:,} tokens")
     pieces = iter(stream)
     first = next(pieces, "")
-    took, tokens = stream.timings, stream.prompt_tokens
-    progress.done(took.encode, "encode", "frames to features")
+    took = stream.timings
+    progress.done(took.encode, "encode", counted)
     progress.done(took.prefill, "prefill", f"{tokens:,} tokens{_rate(tokens, took.prefill)}")
     return chain([first], pieces)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -18,10 +19,18 @@ from vidlm.errors import InvalidArgument, VidlmError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+# What the library calls an option, where it complains about one: "fps=0.0 is not above 0".
+OPTIONS: Mapping[str, str] = {
+    "num_frames": "--frames",
+    "max_new_tokens": "--max-tokens",
+    "top_p": "--top-p",
+    "device_map": "--device",
+    **{name: f"--{name}" for name in ("fps", "start", "end", "temperature", "seed", "dtype")},
+}
+
 
 def outcome(run: Callable[[Any], None], options: Any) -> int:
     """Run a command to its end. `options.debug` adds the traceback to a failure's line."""
-    _show_warnings()
     try:
         run(options)
         sys.stdout.flush()
@@ -37,9 +46,16 @@ def outcome(run: Callable[[Any], None], options: Any) -> int:
     return OK
 
 
+def show_warnings() -> None:
+    """The library's warnings (a frame could not be decoded, say) in the form of our errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("vidlm: warning: %(message)s"))
+    logging.getLogger("vidlm").addHandler(handler)
+
+
 def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, InvalidArgument):
-        return str(error), USAGE
+        return re.sub(r"^(\w+)=", _as_option, str(error)), USAGE
     if isinstance(error, VidlmError):
         return str(error), FAILED
     if isinstance(error, OSError) and error.strerror:
@@ -50,16 +66,14 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     return f"unexpected {type(error).__name__}: {error}{hint}", FAILED
 
 
+def _as_option(keyword: re.Match[str]) -> str:
+    name = keyword[1]
+    return f"{OPTIONS[name]} " if name in OPTIONS else keyword[0]
+
+
 def _failed(message: str, code: int) -> int:
     typer.echo("vidlm: " + " ".join(message.splitlines()), err=True)
     return code
-
-
-def _show_warnings() -> None:
-    """The library's warnings (a frame could not be decoded, say) in the form of our errors."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("vidlm: warning: %(message)s"))
-    logging.getLogger("vidlm").addHandler(handler)
 
 
 def _drop_stdout() -> None:

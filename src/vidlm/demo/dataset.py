@@ -22,7 +22,8 @@ from vidlm.text import Tokenizer
 
 IGNORE = -100  # label of a token without loss
 TEXT, PAIR_TEXT = 200, 72  # tokens of turns behind one clip, and behind a pair
-PER_FRAME = (SIZE // PATCH) ** 2
+SIDE = SIZE // PATCH
+PER_FRAME = SIDE**2
 WORDS = 4  # colour, shape, direction, speed
 MOVES = 2  # frames after which a thing's motion can be known
 
@@ -39,6 +40,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Single frames (N, S, S, 3) of many clips; words of their patches (N, P, 2), colour and shape;
+    where the centre of what a patch shows is, from the patch's own and in patches (N, P, 2)."""
+
+    frames: NDArray[np.uint8]
+    words: NDArray[np.int64]
+    places: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Mix:
     """What a batch is made of: shares of clips with one, two and three things, and of pairs."""
 
@@ -48,9 +59,9 @@ class Mix:
 
 def mix_at(progress: float) -> Mix:
     """The curriculum: one shape first, then two, then three, and pairs of clips from early on."""
-    if progress < 0.08:
+    if progress < 0.06:
         return Mix((1.0, 0.0, 0.0), 0.1)
-    if progress < 0.2:
+    if progress < 0.15:
         return Mix((0.5, 0.5, 0.0), 0.2)
     return Mix((0.2, 0.35, 0.45), 0.25)
 
@@ -88,7 +99,8 @@ def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool
     budget = PAIR_TEXT if pair else TEXT
     ids, labels = pack(tokenizer, turns, len(clips) * frames, budget, rng)
     shown = np.concatenate([_frames(clip, frames, rng) for clip in clips])
-    words = np.concatenate([patch_words(tokenizer, clip, frames) for clip in clips])
+    times = sampled_times(frames, clips[0].frames)
+    words = np.concatenate([patch_words(tokenizer, clip, times) for clip in clips])
     return shown, words, ids, labels
 
 
@@ -96,32 +108,62 @@ def _frames(clip: Clip, frames: int, rng: Generator) -> NDArray[np.uint8]:
     return augment(render(clip, SIZE, sampled_times(frames, clip.frames)), rng)
 
 
-def patch_words(tokenizer: Tokenizer, clip: Clip, frames: int) -> NDArray[np.int64]:
+def look(tokenizer: Tokenizer, seed: int, step: int, size: int) -> Look:
+    """Batch number `step` of frames to learn seeing from: two moments each of size / 2 clips."""
+    rng = np.random.default_rng((seed, step))
+    frames, words, places = [], [], []
+    for _ in range(size // 2):
+        clip = draw_clip(rng)
+        times = rng.uniform(size=2)
+        frames.append(augment(render(clip, SIZE, times), rng))
+        words.append(patch_words(tokenizer, clip, times)[..., :2])
+        places.append(_places(clip, times))
+    return Look(np.concatenate(frames), np.concatenate(words), np.concatenate(places))
+
+
+def patch_words(tokenizer: Tokenizer, clip: Clip, times: NDArray[np.floating]) -> NDArray[np.int64]:
     """(F, P, WORDS) ids: colour, shape and, once they can be known, direction and speed of what a
     patch shows."""
-    times = sampled_times(frames, clip.frames)
-    side = SIZE // PATCH
-    corner = np.arange(side) / side
-    words = np.full((frames, side, side, WORDS), IGNORE, np.int64)
+    words = np.full((len(times), PER_FRAME, WORDS), IGNORE, np.int64)
     for thing in clip.things:
         names = (thing.colour, thing.shape, thing.direction, thing.speed or "still")
         ids = [tokenizer.encode(f" {name}")[0] for name in names]
-        since, until = thing.span()
-        seen = (times >= since) & (times < until)
-        moved = seen & (np.cumsum(seen) > MOVES)
-        x, y = (
-            np.clip(c[:, None], corner, corner + 1 / side) - c[:, None]
-            for c in _centres(thing, times)
-        )
-        near = np.hypot(y[:, :, None], x[:, None, :]) < 0.7 * thing.radius  # (F, side, side)
-        words[near & seen[:, None, None], :2] = ids[:2]
-        words[near & moved[:, None, None], 2:] = ids[2:]
-    return words.reshape(frames, side * side, WORDS)
+        shown = _shown(thing, times)
+        moved = shown & (np.cumsum(shown.any(1)) > MOVES)[:, None]
+        words[shown, :2] = ids[:2]
+        words[moved, 2:] = ids[2:]
+    return words
 
 
-def _centres(thing: Thing, times: NDArray[np.floating]) -> tuple[NDArray[np.floating], ...]:
-    """x and y of the thing at each time."""
-    return tuple(np.asarray([thing.at(float(time))[axis] for time in times]) for axis in (0, 1))
+def _places(clip: Clip, times: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(F, P, 2) offsets of the centre of what a patch shows, in patches; 0 where it shows none."""
+    places = np.zeros((len(times), PER_FRAME, 2), np.float32)
+    for thing in clip.things:
+        offsets = (_centres(thing, times)[:, None] - _patch_corners() - 0.5 / SIDE) * SIDE
+        shown = _shown(thing, times)
+        places[shown] = offsets[shown]
+    return places
+
+
+def _shown(thing: Thing, times: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(F, P): the patches that show a good part of the thing, while it is there."""
+    centres, corners = _centres(thing, times)[:, None], _patch_corners()
+    nearest = np.clip(centres, corners, corners + 1 / SIDE)  # (F, P, 2) point of the patch
+    since, until = thing.span()
+    there = (times >= since) & (times < until)
+    distance = np.hypot(*np.moveaxis(nearest - centres, -1, 0))
+    return (distance < 0.7 * thing.radius) & there[:, None]
+
+
+def _patch_corners() -> NDArray[np.floating]:
+    """(P, 2): x and y of each patch's upper left corner, row by row."""
+    y, x = np.divmod(np.arange(PER_FRAME), SIDE)
+    return np.stack((x, y), axis=-1) / SIDE
+
+
+def _centres(thing: Thing, times: NDArray[np.floating]) -> NDArray[np.floating]:
+    """(F, 2): x and y of the thing at each time."""
+    return np.asarray([thing.at(float(time)) for time in times])
 
 
 def pack(

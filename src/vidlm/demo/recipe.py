@@ -8,9 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vidlm.models.llava import LlavaConfig
-from vidlm.nn.decoder import DecoderConfig
-from vidlm.vision.vit import ViTConfig
+from vidlm.hf import LlavaConfig
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"  # the trained model, inside the package
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -51,13 +49,15 @@ def config() -> LlavaConfig:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlavaConfig(
-        vision_config=ViTConfig.from_dict(vision),
-        text_config=DecoderConfig.from_dict(text),
-        image_token_index=SPECIALS.index("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        dtype="bfloat16",
+    return LlavaConfig.from_dict(
+        {
+            "vision_config": vision,
+            "text_config": text,
+            "image_token_index": SPECIALS.index("<image>"),
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "dtype": "bfloat16",
+        }
     )
 
 

@@ -1,8 +1,11 @@
 """Train the demo model from scratch: `python -m vidlm.demo.train --out RUN`.
 
+Two stages. First the vision tower learns to see, from single frames of many clips: each patch is
+to name the colour and shape it shows, and to say where the thing's centre is. Then the whole
+model learns to answer, from packs of question-answer turns behind a clip (see dataset.py).
+
 Stops at any time and goes on where it was when started again with the same --out. At the end the
-checkpoint is in RUN/checkpoint, in bfloat16; `--install` copies it into the package. Two CPU
-cores take one to two hours, a GPU minutes.
+checkpoint is in RUN/checkpoint, in bfloat16; `--install` copies it into the package.
 """
 
 from __future__ import annotations
@@ -13,17 +16,19 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 from vidlm.demo import recipe
-from vidlm.demo.dataset import IGNORE, Batch, batch, mix_at
+from vidlm.demo.dataset import IGNORE, Batch, Look, batch, look, mix_at
 from vidlm.demo.questions import corpus
 from vidlm.models.llava import LlavaModel
 from vidlm.nn.step import packed
@@ -31,31 +36,59 @@ from vidlm.text import Tokenizer
 from vidlm.weights import save
 
 WORDS_WEIGHT = 0.3
+WARMUP = 200
 
 
-class Batches(Dataset[Batch]):
-    """Batches `first` to `steps` of a run, each drawn from (seed, step)."""
+@dataclass(frozen=True)
+class Stage:
+    """One part of the training: `draw(step)` gives a batch, `loss` its loss and a share right."""
 
-    def __init__(self, tokenizer: Tokenizer, args: argparse.Namespace, first: int) -> None:
-        self.tokenizer, self.args, self.first = tokenizer, args, first
+    name: str
+    steps: int
+    lr: float
+    draw: Callable[[int], Any]
+    loss: Callable[[Any], tuple[Tensor, float]]
+
+
+class Drawn(Dataset[Any]):
+    """The batches of a stage from step `first` on."""
+
+    def __init__(self, stage: Stage, first: int) -> None:
+        self.draw, self.first, self.steps = stage.draw, first, stage.steps
 
     def __len__(self) -> int:
-        return int(self.args.steps) - self.first
+        return self.steps - self.first
 
-    def __getitem__(self, index: int) -> Batch:
-        step = self.first + index
-        mix = mix_at(step / self.args.steps)
-        return batch(self.tokenizer, self.args.seed, step, self.args.batch, mix)
+    def __getitem__(self, index: int) -> Any:
+        return self.draw(self.first + index)
+
+
+def look_loss(model: LlavaModel, locate: nn.Linear, data: Look) -> tuple[Tensor, float]:
+    """Cross-entropy of the patches' words plus squared error of the places, and the share of
+    patches whose likeliest word is true."""
+    frames = _frames(model, data)
+    words, places = (torch.from_numpy(x).to(model.device) for x in (data.words, data.places))
+    features = model.features(frames)
+    logits = model.logits(features).float()
+    shown = words[..., 0] != IGNORE
+    error = mse_loss(locate(features).float()[shown], places[shown])
+    right = (logits.argmax(-1, keepdim=True) == words).any(-1)[shown].float().mean().item()
+    return _words_loss(logits[shown], words[shown]) + error, right
+
+
+def _frames(model: LlavaModel, data: Batch | Look) -> Tensor:
+    """(N, 3, S, S), as the checkpoint's preprocessing gives them: from -1 to 1."""
+    frames = torch.from_numpy(data.frames).to(model.device).permute(0, 3, 1, 2)
+    return frames.float() / 127.5 - 1
 
 
 def loss_of(model: LlavaModel, data: Batch) -> tuple[Tensor, float]:
     """Cross-entropy of the answers' tokens plus that of the patches' words, and the share of the
     former predicted right."""
     device = model.device
-    frames = torch.from_numpy(data.frames).to(device).permute(0, 3, 1, 2)
     ids, labels = (torch.from_numpy(x).to(device) for x in (data.ids, data.labels))
     B, L = ids.shape
-    features = model.features(frames.float() / 127.5 - 1)  # (N, M, D)
+    features = model.features(_frames(model, data))  # (N, M, D)
     flat = ids.flatten()
     x = model.embed(flat)
     places = (flat == model.config.image_token_id).nonzero()[:, 0]
@@ -99,12 +132,12 @@ def initialise(model: LlavaModel) -> None:
             nn.init.normal_(parameter, std=1 / math.sqrt(fan_in * 2 * depth))
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to 3 % of the peak."""
-    if step < args.warmup:
-        return float(args.lr) * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return float(args.lr) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(step: int, stage: Stage) -> float:
+    """Linear warm-up over 200 steps, then a cosine down to 3 % of the peak."""
+    if step < WARMUP:
+        return stage.lr * (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, stage.steps - WARMUP)
+    return stage.lr * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def optimizer_of(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -115,29 +148,38 @@ def optimizer_of(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def train(args: argparse.Namespace) -> Path:
-    out = Path(args.out)
-    folder = out / "checkpoint"
+    """Both stages, or what is left of them; returns the folder of the checkpoint."""
+    folder = Path(args.out) / "checkpoint"
     if not (folder / "tokenizer.json").is_file():
-        texts = list(corpus(np.random.default_rng(args.seed), 20000))
+        texts = corpus(np.random.default_rng(args.seed), 20000)
         recipe.write_files(folder, recipe.train_tokenizer(texts))
     tokenizer = Tokenizer.from_folder(folder)
     torch.manual_seed(args.seed)
     model = LlavaModel(recipe.config())
     initialise(model)
-    model.to(args.device)
-    optimizer = optimizer_of(model, args.lr)
-    state = out / "state.pt"
-    first = 0
-    if state.is_file():
-        saved = torch.load(state, map_location=args.device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+    locate = nn.Linear(model.config.text_config.hidden_size, 2)  # of the first stage alone
+    parts = nn.ModuleList((model, locate)).to(args.device)
     if args.compile:
         compile_layers(model)
-    run(model, optimizer, batches(tokenizer, args, first), args, first)
+    for stage in stages(model, locate, tokenizer, args):
+        run(parts, stage, args)
     export(model, folder)
     return folder
+
+
+def stages(
+    model: LlavaModel, locate: nn.Linear, tokenizer: Tokenizer, args: argparse.Namespace
+) -> tuple[Stage, ...]:
+    def draw_look(step: int) -> Look:
+        return look(tokenizer, args.seed, step, 12 * args.batch)
+
+    def draw_answers(step: int) -> Batch:
+        return batch(tokenizer, args.seed + 1, step, args.batch, mix_at(step / args.steps))
+
+    return (
+        Stage("look", args.look_steps, args.lr, draw_look, lambda d: look_loss(model, locate, d)),
+        Stage("answer", args.steps, args.lr, draw_answers, lambda d: loss_of(model, d)),
+    )
 
 
 def compile_layers(model: LlavaModel) -> None:
@@ -148,53 +190,59 @@ def compile_layers(model: LlavaModel) -> None:
         layer.compile(dynamic=False)
 
 
-def batches(tokenizer: Tokenizer, args: argparse.Namespace, first: int) -> Iterator[Batch]:
-    data = Batches(tokenizer, args, first)
-    return iter(DataLoader(data, batch_size=None, num_workers=args.workers, prefetch_factor=8))
-
-
-def run(
-    model: LlavaModel,
-    optimizer: torch.optim.Optimizer,
-    data: Iterator[Batch],
-    args: argparse.Namespace,
-    first: int,
-) -> None:
-    began = time.monotonic()
-    log = Path(args.out) / "log.jsonl"
-    window: list[tuple[float, float]] = []
-    for step in range(first, args.steps):
+def run(parts: nn.Module, stage: Stage, args: argparse.Namespace) -> None:
+    """Train one stage to its end, from where an earlier run left it."""
+    optimizer = optimizer_of(parts, stage.lr)
+    state = Path(args.out) / f"{stage.name}.pt"
+    first = 0
+    if state.is_file():
+        saved = torch.load(state, map_location=args.device, weights_only=True)
+        parts.load_state_dict(saved["parts"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    began, window = time.monotonic(), []
+    for step, data in enumerate(batches(stage, first, args.workers), first):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, stage)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            loss, right = loss_of(model, next(data))
+            loss, right = stage.loss(data)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         window.append((loss.item(), right))
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            row = {
-                "step": done,
-                "loss": round(float(np.mean([x for x, _ in window])), 4),
-                "token_accuracy": round(float(np.mean([x for _, x in window])), 4),
-                "lr": round(optimizer.param_groups[0]["lr"], 6),
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            window.clear()
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), file=sys.stderr, flush=True)
-        if done % args.save_every == 0 or done == args.steps:
-            store(model, optimizer, done, Path(args.out))
+        if done % args.log_every == 0 or done == stage.steps:
+            note(stage, done, window, time.monotonic() - began, Path(args.out))
+            window = []
+        if done % args.save_every == 0 or done == stage.steps:
+            store({"parts": parts, "optimizer": optimizer}, done, state)
 
 
-def store(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Path) -> None:
-    """Write the state of the run, whole or not at all."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, out / "state.new")
-    (out / "state.new").replace(out / "state.pt")
+def batches(stage: Stage, first: int, workers: int) -> Iterator[Any]:
+    drawn = Drawn(stage, first)
+    if not len(drawn):
+        return iter(())
+    return iter(DataLoader(drawn, batch_size=None, num_workers=workers, prefetch_factor=8))
+
+
+def note(
+    stage: Stage, done: int, window: list[tuple[float, float]], seconds: float, out: Path
+) -> None:
+    """One line of the log: means since the last one."""
+    loss, right = np.mean(window, axis=0)
+    row = {"stage": stage.name, "step": done, "loss": round(float(loss), 4)}
+    row |= {"right": round(float(right), 4), "seconds": round(seconds, 1)}
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def store(parts: dict[str, Any], step: int, path: Path) -> None:
+    """Write the state of a stage, whole or not at all."""
+    new = path.with_suffix(".new")
+    torch.save({**{name: part.state_dict() for name, part in parts.items()}, "step": step}, new)
+    new.replace(path)
 
 
 def export(model: LlavaModel, folder: Path) -> None:
@@ -209,10 +257,10 @@ def export(model: LlavaModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--steps", type=int, default=4500, help="of answering")
+    parser.add_argument("--look-steps", type=int, default=1800, help="of learning to see")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw clips")

@@ -388,9 +388,7 @@ def _pattern(kind: str, rng: Generator, size: int) -> Floats:
     low = (axis * 6).astype(np.intp)
     rest = axis * 6 - low
     smooth = rest * rest * (3 - 2 * rest)
-    weights = np.zeros((size, 7))
-    weights[np.arange(size), low] = 1 - smooth
-    weights[np.arange(size), low + 1] = smooth
+    weights = (1 - smooth)[:, None] * np.eye(7)[low] + smooth[:, None] * np.eye(7)[low + 1]
     return np.asarray(weights @ knots @ weights.T)
 
 

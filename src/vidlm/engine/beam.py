@@ -50,8 +50,8 @@ def search(
 ) -> tuple[tuple[int, ...], FinishReason]:
     """The best answer of at most `budget` tokens, and why it ends.
 
-    logits (V,) float32 are the prefilled prompt's last ones and `kv` holds the prompt, with room for
-    `budget` tokens more; the search keeps and changes it. Raises InvalidArgument on stop strings.
+    `logits` (V,) float32 are those after the prompt, which `kv` holds with room for `budget` tokens
+    more; the search writes to it. Raises InvalidArgument on stop strings.
     """
     params = request.params
     if params.stop:

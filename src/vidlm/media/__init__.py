@@ -1,6 +1,5 @@
 """Bytes to frames, with numpy, PyAV and PIL only: safe to import in a worker process, no torch."""
 
-from vidlm.media.fetch import fetch
 from vidlm.media.image import is_image, load_image, to_rgb
 from vidlm.media.sample import FramePolicy
 from vidlm.media.sheet import contact_sheet
@@ -19,7 +18,6 @@ __all__ = [
     "Source",
     "Video",
     "contact_sheet",
-    "fetch",
     "is_image",
     "load_image",
     "load_video",

@@ -53,7 +53,7 @@ def opened(file: BinaryIO, name: str, limits: Limits) -> Iterator[VideoStream]:
         file.seek(0)
         container = av.open(file, "r", options=options, metadata_errors="replace")
     except _READ_ERRORS as error:
-        raise MediaError(f"{name}: {_why_unreadable(file)}") from error
+        raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:
         stream = _video_stream(container, name)
         limits.check(name, 1, stream.codec_context.height, stream.codec_context.width)
@@ -63,9 +63,12 @@ def opened(file: BinaryIO, name: str, limits: Limits) -> Iterator[VideoStream]:
         yield stream
 
 
-def _why_unreadable(file: BinaryIO) -> str:
-    file.seek(0)
-    head = file.read(512)
+def _why_unreadable(file: BinaryIO, error: Exception) -> str:
+    try:
+        file.seek(0)
+        head = file.read(512)
+    except (OSError, ValueError):
+        return f"cannot be read ({_reason(error)}); check the file and where it lies"
     if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
         return "a still image, or several in a row; give images in a list: load_video([path])"
     if head[4:8] == b"ftyp":

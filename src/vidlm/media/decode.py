@@ -109,6 +109,7 @@ class _Kept:
         place = self.wanted.pop(row, None)
         if place is None:
             return
+        self._limits.check(self._name, 1, frame.height, self._painter.width(frame.width))
         picture = self._paint(frame)
         height, width, _ = picture.shape
         if self.frames is None:  # rotation and the true size are known only now

@@ -126,6 +126,7 @@ def _too_large(name: str, max_bytes: int) -> MediaLimitError:
 class _Target:
     """Where one request goes."""
 
+    url: str
     host: str
     port: int
     secure: bool
@@ -133,21 +134,21 @@ class _Target:
 
 
 def _from_web(url: str, max_bytes: int, deadline: float, allow_private: bool) -> bytes:
-    target = _target(url)
+    target = _target("", url)
     for _ in range(_MAX_REDIRECTS + 1):
         connection = _Connection(target, _addresses(target, allow_private), deadline)
         location, body = _get(connection, max_bytes)
         if location is None:
             return body
-        url = urljoin(url, location)
-        target = _target(url)
+        target = _target(target.url, location)
     raise MediaFetchError(
         f"{target.host}: more than {_MAX_REDIRECTS} redirects; give the address they end at"
     )
 
 
-def _target(url: str) -> _Target:
+def _target(base: str, url: str) -> _Target:
     try:
+        url = urljoin(base, url)
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
@@ -166,7 +167,7 @@ def _target(url: str) -> _Target:
     path = quote(parts.path or "/", safe=_SAFE)
     if parts.query:
         path += "?" + quote(parts.query, safe=_SAFE)
-    return _Target(host, port or (443 if secure else 80), secure, path)
+    return _Target(url, host, port or (443 if secure else 80), secure, path)
 
 
 def _addresses(target: _Target, allow_private: bool) -> list[str]:
@@ -208,21 +209,21 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if target.secure else 80  # not repeated in the Host header
         self.target, self.addresses, self.deadline = target, addresses, deadline
         self.expired = False
-        self._wire: socket.socket | None = None  # http.client drops its own before the body is read
+        self.wire: socket.socket | None = None  # http.client drops its own before the body is read
 
     def remaining(self) -> float:
         return max(self.deadline - time.monotonic(), 0.001)
 
     def connect(self) -> None:
-        self._wire = self._dial()
-        self._wire.settimeout(self.remaining())
+        self.wire = self._dial()
+        self.wire.settimeout(self.remaining())
         if self.target.secure:
             secured = ssl.create_default_context().wrap_socket(
-                self._wire, server_hostname=self.target.host, do_handshake_on_connect=False
+                self.wire, server_hostname=self.target.host, do_handshake_on_connect=False
             )
-            self._wire = secured
+            self.wire = secured
             secured.do_handshake()
-        self.sock = self._wire
+        self.sock = self.wire
 
     def _dial(self) -> socket.socket:
         for left in range(len(self.addresses), 0, -1):
@@ -237,9 +238,9 @@ class _Connection(http.client.HTTPConnection):
     def abort(self) -> None:
         """Ends all waiting on the connection: a socket's timeout bounds one read, not the sum."""
         self.expired = True
-        if self._wire is not None:
+        if self.wire is not None:
             with suppress(OSError):
-                socket.socket.shutdown(self._wire, socket.SHUT_RDWR)  # without TLS's own goodbye
+                socket.socket.shutdown(self.wire, socket.SHUT_RDWR)  # without TLS's own goodbye
 
 
 def _get(connection: _Connection, max_bytes: int) -> tuple[str | None, bytes]:
@@ -252,10 +253,10 @@ def _get(connection: _Connection, max_bytes: int) -> tuple[str | None, bytes]:
     problem: Exception | None = None
     try:
         connection.request("GET", target.path, headers=headers)
-        response = connection.getresponse()
-        if response.status in _REDIRECTS:
-            return response.headers.get("Location", ""), b""
-        body = _body(response, target.host, max_bytes)
+        with connection.getresponse() as response:
+            if response.status in _REDIRECTS:
+                return response.headers.get("Location", ""), b""
+            body = _body(response, target.host, max_bytes)
         if not connection.expired:
             return None, body
     except (OSError, http.client.HTTPException) as error:
@@ -263,6 +264,8 @@ def _get(connection: _Connection, max_bytes: int) -> tuple[str | None, bytes]:
     finally:
         watch.cancel()
         connection.close()
+        if connection.wire is not None:
+            connection.wire.close()
     if connection.expired or isinstance(problem, TimeoutError):
         raise MediaFetchError(
             f"{target.host}: not done within the time limit; try again, raise timeout, or "

@@ -30,8 +30,8 @@ def is_image(source: str | Path) -> bool:
 def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """An RGB image from a path, URL, bytes, binary file, PIL image or uint8 array (H, W, 3).
 
-    EXIF orientation is applied to files; what is transparent becomes white. Raises MediaNotFound, MediaFetchError, MediaError, or
-    MediaLimitError before an image of too many pixels is decoded.
+    EXIF orientation is applied to files; what is transparent becomes white. Raises MediaNotFound,
+    MediaFetchError, MediaError, or MediaLimitError before an image of too many pixels is decoded.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -43,7 +43,7 @@ def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode, before white where it is transparent, as transformers 5 has it."""
+    """RGB of an image of any mode; what is transparent lies before white, as in transformers 5."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, (255, 255, 255, 255))

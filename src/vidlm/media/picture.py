@@ -23,6 +23,8 @@ _QUARTER_TURNS: tuple[Matrix, ...] = (  # counterclockwise
     (-1, 0, 0, -1),
     (0, 1, -1, 0),
 )
+# Values of a matrix tag (ISO/IEC 23091-2, MatrixCoefficients).
+_UNSPECIFIED, _RESERVED = 2, 3
 
 
 class Painter:
@@ -44,6 +46,8 @@ class Painter:
 
     def paint(self, frame: VideoFrame) -> Frames:
         """(H, W, 3) uint8."""
+        if frame.colorspace == _RESERVED:  # some encoders write it, and mean nothing by it
+            frame.colorspace = _UNSPECIFIED
         kind = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
         if self._graph is None or kind != self._kind:
             self._graph, self._kind = self._converter(frame), kind

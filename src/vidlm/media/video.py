@@ -71,10 +71,7 @@ def load_video(
     if isinstance(source, list | tuple):
         return stills.from_list(source, policy, limits)
     with opened(source) as (file, name):
-        file.seek(0)
-        head = file.read(12)
-        if not head:
-            raise MediaError(f"{name}: empty, 0 bytes; was the download or copy complete?")
+        head = _head(file, name)
         if stills.is_webp(head):
             return stills.from_webp(file, name, policy, limits)
         return decode.read(file, name, policy, limits)
@@ -83,8 +80,8 @@ def load_video(
 def sample_frames(url: str | Path, num_frames: int) -> list[Image.Image]:
     """`num_frames` images evenly spread over a video, fewer where it has fewer.
 
-    The helper of Hugging Face's video-text-to-text guide, for a URL or a path; keeps only the
-    chosen frames in memory and writes no file.
+    The function of this name in Hugging Face's video-text-to-text guide, for a URL or a path; it
+    keeps only the chosen frames in memory and writes no file.
     """
     return load_video(url, num_frames=num_frames).images()
 
@@ -92,6 +89,19 @@ def sample_frames(url: str | Path, num_frames: int) -> list[Image.Image]:
 def replace_video_with_images(text: str, frames: int) -> str:
     """Each "<video>" of a prompt as `frames` times "<image>", for models that take images only."""
     return text.replace("<video>", "<image>" * frames)
+
+
+def _head(file: BinaryIO, name: str) -> bytes:
+    try:
+        file.seek(0)
+        head = file.read(12)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise MediaError(
+            f"{name}: cannot be read ({error}); give an open, readable file"
+        ) from error
+    if not head:
+        raise MediaError(f"{name}: empty, 0 bytes; was the download or copy complete?")
+    return head
 
 
 @contextmanager

@@ -71,7 +71,8 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         fill = object.__setattr__
         if not isinstance(self.vision_config, ViTConfig):
-            fill(self, "vision_config", ViTConfig.from_dict(self.vision_config or VISION_DEFAULT))
+            given = VISION_DEFAULT if self.vision_config is None else self.vision_config
+            fill(self, "vision_config", ViTConfig.from_dict(given))
         if not isinstance(self.text_config, DecoderConfig):
             fill(self, "text_config", DecoderConfig.from_dict(self.text_config or {}))
         if isinstance(self.vision_feature_layer, list):

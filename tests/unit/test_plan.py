@@ -1,0 +1,217 @@
+"""What a plan says, against the model it is about."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidlm.engine.kv import SequenceKV
+from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel, WeightsError
+from vidlm.models.llava import LlavaConfig, LlavaModel
+from vidlm.nn.step import packed
+from vidlm.plan import Plan, TextShape, VisionShape, plan
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "model_type": "qwen2",
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1000,
+}
+
+
+def tiny(*, tied: bool = False, dtype: str | None = None) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=VISION,
+        text_config={**TEXT, "tie_word_embeddings": tied},
+        image_token_index=3,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        dtype=dtype,
+    )
+
+
+def write(
+    folder: Path,
+    config: LlavaConfig,
+    stored: torch.dtype = torch.float32,
+    extra: dict[str, Tensor] | None = None,
+) -> LlavaModel:
+    """A checkpoint with random weights and, on request, more tensors."""
+    model = LlavaModel(config).to(stored)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file({**tensors, **(extra or {})}, folder / "model.safetensors")
+    return model
+
+
+def numbers(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_shapes_are_those_of_the_config(tmp_path: Path) -> None:
+    write(tmp_path, tiny())
+    made = plan(tmp_path)
+    assert made.family == "llava"
+    assert made.text == TextShape("qwen2", 3, 24, 4, 2, 50)
+    assert made.vision == VisionShape("siglip", 2, 16, 32, 8)
+    assert (made.context, made.tokens_per_frame, made.frames) == (1000, 16, 8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_the_models(tmp_path: Path, tied: bool) -> None:
+    model = write(tmp_path, tiny(tied=tied))
+    assert plan(tmp_path).parameters == numbers(model)
+
+
+def test_a_tied_head_that_is_stored_too_counts_once(tmp_path: Path) -> None:
+    head = {"language_model.lm_head.weight": torch.zeros(50, 24)}
+    model = write(tmp_path, tiny(tied=True), extra=head)
+    made = plan(tmp_path)
+    assert made.parameters == numbers(model)
+    assert made.stored_bytes == 4 * (numbers(model) + 50 * 24)
+
+
+def test_tensors_that_no_forward_pass_reads_are_only_stored(tmp_path: Path) -> None:
+    unused = {"vision_tower.vision_model.head.probe": torch.zeros(7)}
+    model = write(tmp_path, tiny(), extra=unused)
+    made = plan(tmp_path)
+    assert made.weight_bytes == 4 * numbers(model)
+    assert made.stored_bytes == 4 * (numbers(model) + 7)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "loaded", "width"),
+    [
+        (None, None, "bfloat16", 2),
+        ("float32", None, "float32", 4),
+        ("float32", "auto", "float32", 4),
+        ("float32", "float16", "float16", 2),
+    ],
+)
+def test_memory_follows_the_dtype_that_load_takes(
+    tmp_path: Path, config: str | None, asked: str | None, loaded: str, width: int
+) -> None:
+    model = write(tmp_path, tiny(dtype=config), torch.bfloat16)
+    made = plan(tmp_path, dtype=asked)
+    assert (made.stored_dtype, made.dtype) == ("bfloat16", loaded)
+    assert made.weight_bytes == width * numbers(model)
+    assert made.memory_bytes == made.weight_bytes + made.kv_bytes
+
+
+def test_keys_and_values_are_as_large_as_said(tmp_path: Path) -> None:
+    model = write(tmp_path, tiny())
+    kv = SequenceKV(40)
+    with torch.inference_mode():
+        model.hidden(torch.zeros(5, 24), packed([5], torch.device("cpu"), [kv]))
+    assert plan(tmp_path).kv_bytes_per_token * 40 == kv.nbytes
+
+
+def test_a_model_larger_than_memory_is_planned(tmp_path: Path) -> None:
+    """LLaVA-1.5 7B by its header alone: the file is a hole of 14 GB."""
+    config = LlavaConfig(text_config={"max_position_embeddings": 4096, "vocab_size": 32064})
+    with torch.device("meta"):
+        model = LlavaModel(config)
+    header, at = {}, 0
+    for name, parameter in model.named_parameters():
+        end = at + 2 * parameter.numel()
+        shape = list(parameter.shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    made = plan(tmp_path)
+    assert made.parameters == 7_063_427_072  # as the hub counts llava-hf/llava-1.5-7b-hf
+    assert made.weight_bytes == made.stored_bytes == 2 * made.parameters
+    assert made.kv_bytes_per_token == 2 * 32 * 4096 * 2
+    assert (made.tokens_per_frame, made.frame_tokens, made.fits) == (576, 4608, False)
+    assert made.most_frames == 6
+    assert "7.06 billion" in str(made)
+
+
+PLAN = Plan(
+    family="llava",
+    text=TextShape("qwen2", 3, 24, 4, 2, 50),
+    vision=VisionShape("siglip", 2, 16, 32, 8),
+    parameters=1000,
+    stored_dtype="float32",
+    stored_bytes=4000,
+    dtype="float32",
+    weight_bytes=4000,
+    kv_bytes_per_token=10,
+    context=1000,
+    tokens_per_frame=16,
+    frames=8,
+    max_tokens=256,
+)
+
+
+@given(
+    context=st.integers(1, 5000),
+    per_frame=st.integers(1, 800),
+    frames=st.integers(1, 60),
+    max_tokens=st.integers(1, 600),
+)
+def test_most_frames_is_where_fitting_ends(
+    context: int, per_frame: int, frames: int, max_tokens: int
+) -> None:
+    made = replace(
+        PLAN, context=context, tokens_per_frame=per_frame, frames=frames, max_tokens=max_tokens
+    )
+    assert made.fits == (frames <= made.most_frames)
+    assert made.kv_bytes <= 10 * context
+    assert made.kv_bytes == 10 * made.tokens or not made.fits
+
+
+def test_the_dict_is_json_with_all_that_follows(tmp_path: Path) -> None:
+    told = json.loads(json.dumps(PLAN.to_dict()))
+    assert told["text"]["kv_heads"] == 2
+    assert told["tokens"] == told["frame_tokens"] + told["prompt_tokens"] + told["max_tokens"]
+    assert told["fits"] is True
+    assert told["memory_bytes"] == 4000 + 10 * told["tokens"]
+
+
+def test_the_text_says_whether_it_fits() -> None:
+    assert "yes; at most 42 frames" in str(PLAN)
+    assert "no, 1,920 do not; at most 42 frames" in str(replace(PLAN, frames=100))
+
+
+@pytest.mark.parametrize("wrong", [{"frames": -1}, {"max_tokens": 0}])
+def test_numbers_that_make_no_sense(tmp_path: Path, wrong: dict[str, int]) -> None:
+    write(tmp_path, tiny())
+    with pytest.raises(InvalidArgument, match="frames from 0 and max_tokens from 1"):
+        plan(tmp_path, **wrong)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        plan(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UnsupportedModel, match="'bert'"):
+        plan(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
+    with pytest.raises(WeightsError, match="safetensors"):
+        plan(tmp_path)
