@@ -1,8 +1,8 @@
 """Import this first, and torchvision 0.28.0 imports over a torch without CUDA (test oracle only).
 
-torchvision's wheels bring compiled operators that such a torch cannot load, and its Python code then
-stops at two operators without a schema. Resizing, cropping and normalising need neither: they are
-plain torch, so declaring the two is enough.
+torchvision's wheels bring compiled operators that such a torch cannot load, and its Python code
+then stops at two operators without a schema. Resizing, cropping and normalising need neither: they
+are plain torch, so declaring the two is enough.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Pixels against transformers: bit-equal to its torchvision backend, near to its PIL backend.
 
-The bound for the PIL backend: resizing rounds to whole grey levels, and the two backends' integer
-arithmetic differs by at most 2 of 255.
+Both backends round to whole grey levels when they resize, each in its own integer arithmetic. Where
+a frame shrinks in both directions they are at most 2 levels of 255 apart, and so they are for
+smooth frames of any size; at the hard edges of a frame that is enlarged it may be some 20.
 """
 
 from __future__ import annotations
@@ -153,15 +154,31 @@ def test_what_is_written_is_read_by_both(name: str) -> None:
 # ---- the other backend -------------------------------------------------------------------------
 
 
+def levels_apart(pair: Pair, image: Image.Image) -> float:
+    theirs = torch.from_numpy(np.stack(pair.pil([image])["pixel_values"]))
+    std = torch.tensor(pair.ours.std)[:, None, None]
+    return float(((pair.ours([image]) - theirs).abs() * std * 255).max())
+
+
 @pairs
 @settings(max_examples=100)
-@given(image=images)
-def test_near_to_the_pil_backend(pair: Pair, image: Image.Image) -> None:
-    if pair is PAIRS["clip"] and min(image.size) < 2:
-        return  # padding of a one pixel line is on the other side there
-    theirs = torch.from_numpy(np.stack(pair.pil([image])["pixel_values"]))
-    levels = (pair.ours([image]) - theirs).abs() * torch.tensor(pair.ours.std)[:, None, None] * 255
-    assert float(levels.max()) < GREY_LEVELS + 1e-3
+@given(seed=st.integers(0, 9999), height=st.integers(28, 250), width=st.integers(28, 250))
+def test_near_to_the_pil_backend_where_frames_shrink(
+    pair: Pair, seed: int, height: int, width: int
+) -> None:
+    assert levels_apart(pair, tiny.picture(seed, height, width)) < GREY_LEVELS + 1e-3
+
+
+@pairs
+@settings(max_examples=100)
+@given(phase=st.floats(0, 6), height=st.integers(2, 250), width=st.integers(2, 250))
+def test_near_to_the_pil_backend_where_frames_are_smooth(
+    pair: Pair, phase: float, height: int, width: int
+) -> None:
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 100 * np.sin(x / 20 + phase + c) * np.cos(y / 15 + c) for c in range(3)]
+    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    assert levels_apart(pair, image) < GREY_LEVELS + 1e-3
 
 
 # ---- what frames may be ------------------------------------------------------------------------

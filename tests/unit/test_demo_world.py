@@ -368,12 +368,12 @@ def test_colours_survive_a_real_video(part: int, tmp_path: Path) -> None:
 def test_a_video_played_backwards_moves_backwards(tmp_path: Path) -> None:
     mover = thing("square", "yellow", (0.25, 0.4), (0.75, 0.4))
     clip = clip_of(mover)
-    write_mp4(clip, tmp_path / "on.mp4")
-    write_mp4(clip, tmp_path / "back.mp4", backwards=True)
+    write_mp4(clip, tmp_path / "on.mp4", size=64)
+    write_mp4(clip, tmp_path / "back.mp4", size=64, backwards=True)
     on, back = (centroids(decode(tmp_path / f"{name}.mp4"), "yellow") for name in ("on", "back"))
     assert (np.diff(on[:, 0]) > 0).all()
-    assert np.abs(back - on[::-1]).max() < 0.01
-    assert np.abs(on[:, 0] - (0.25 + 0.5 * sampled_times(24))).max() < 0.01
+    assert np.abs(back - on[::-1]).max() < 0.02
+    assert np.abs(on[:, 0] - (0.25 + 0.5 * sampled_times(24))).max() < 0.02
 
 
 def test_videos_have_even_sizes(tmp_path: Path) -> None:

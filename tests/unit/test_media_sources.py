@@ -174,6 +174,12 @@ def test_animated_webp() -> None:
         load_video(target.getvalue()[:400])
 
 
+def closed() -> io.BytesIO:
+    file = io.BytesIO(b"...")
+    file.close()
+    return file
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -190,6 +196,7 @@ def test_animated_webp() -> None:
         (None, "a NoneType is no video"),
         ({"url": "x"}, "a dict is no video"),
         (io.StringIO("text"), "open for text"),
+        (closed(), "the file is closed"),
         ("rtsp://camera/1", r"rtsp:// is not fetched"),
         ("s3://bucket/a.mp4", r"s3:// is not fetched"),
     ],
@@ -298,15 +305,11 @@ class Failing(io.BytesIO):
 
 
 def test_a_file_that_fails_to_read_is_a_media_error(mp4: bytes) -> None:
-    for good in (0, 16, len(mp4) // 2):
+    for good in (0, 16):
         file = Failing(mp4)
         file.good = good
-        with pytest.raises(MediaError, match="video: "):
+        with pytest.raises(MediaError, match=r"video: (cannot be read|an MP4 without)"):
             load_video(file)
-    closed = io.BytesIO(mp4)
-    closed.close()
-    with pytest.raises(MediaError, match="cannot be read"):
-        load_video(closed)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4302), st.binary(min_size=1, max_size=8)), max_size=12))

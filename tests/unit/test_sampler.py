@@ -70,7 +70,7 @@ def sampling(**changes: Any) -> SamplingParams:
 # ---- filters ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(data=st.data(), ties=st.booleans(), size=st.integers(2, 40))
 def test_scores_are_transformers(
     reference: Any, data: st.DataObject, ties: bool, size: int
@@ -80,7 +80,7 @@ def test_scores_are_transformers(
     logits = logits.round() if ties else logits
     ids = st.integers(0, size - 1)
     history = data.draw(st.lists(st.integers(0, size + 2), min_size=1, max_size=30))
-    generated = data.draw(st.integers(0, len(history)))
+    generated = data.draw(st.integers(0, len(history) - 1))
     params = SamplingParams(
         temperature=data.draw(st.sampled_from([0.0, 1.0]) | st.floats(0.05, 4)),
         top_k=data.draw(st.integers(0, size + 20)),

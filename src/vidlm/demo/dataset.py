@@ -24,29 +24,28 @@ IGNORE = -100  # label of a token without loss
 TEXT, PAIR_TEXT = 200, 72  # tokens of turns behind one clip, and behind a pair
 SIDE = SIZE // PATCH
 PER_FRAME = SIDE**2
-WORDS = 4  # colour, shape, direction, speed
 MOVES = 2  # frames after which a thing's motion can be known
 
 
 @dataclass(frozen=True)
 class Batch:
-    """frames of all rows, concatenated (N, S, S, 3); words of their patches (N, P, WORDS); ids and
-    labels (B, L), padded behind. IGNORE is no label and no word."""
+    """frames of all rows, concatenated (N, S, S, 3); words and motion of their patches (N, P, 4);
+    ids and labels (B, L), padded behind. IGNORE is no label and no word."""
 
     frames: NDArray[np.uint8]
     words: NDArray[np.int64]
+    motion: NDArray[np.float32]
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Look:
-    """Single frames (N, S, S, 3) of many clips; words of their patches (N, P, 2), colour and shape;
-    where the centre of what a patch shows is, from the patch's own and in patches (N, P, 2)."""
+    """Single frames (N, S, S, 3) of many clips, with words and motion of their patches (N, P, 4)."""
 
     frames: NDArray[np.uint8]
     words: NDArray[np.int64]
-    places: NDArray[np.float32]
+    motion: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,14 @@ def batch(tokenizer: Tokenizer, seed: int, step: int, size: int, mix: Mix) -> Ba
     length = frames * PER_FRAME + max(TEXT, frames * PER_FRAME + PAIR_TEXT)
     ids = np.full((size, length), tokenizer.pad_token_id, np.int64)
     labels = np.full((size, length), IGNORE, np.int64)
-    for i, (_, _, row_ids, row_labels) in enumerate(rows):
+    for i, (_, _, _, row_ids, row_labels) in enumerate(rows):
         ids[i, : len(row_ids)] = row_ids
         labels[i, : len(row_labels)] = row_labels
-    frames_of, words_of = (np.concatenate([row[i] for row in rows]) for i in (0, 1))
-    return Batch(frames_of, words_of, ids, labels)
+    shown, words, motion = (np.concatenate([row[i] for row in rows]) for i in range(3))
+    return Batch(shown, words, motion, ids, labels)
 
 
-Row = tuple[NDArray[np.uint8], NDArray[np.int64], list[int], list[int]]
+Row = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32], list[int], list[int]]
 
 
 def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool) -> Row:
@@ -101,7 +100,8 @@ def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool
     shown = np.concatenate([_frames(clip, frames, rng) for clip in clips])
     times = sampled_times(frames, clips[0].frames)
     words = np.concatenate([patch_words(tokenizer, clip, times) for clip in clips])
-    return shown, words, ids, labels
+    motion = np.concatenate([patch_motion(clip, times) for clip in clips])
+    return shown, words, motion, ids, labels
 
 
 def _frames(clip: Clip, frames: int, rng: Generator) -> NDArray[np.uint8]:
@@ -111,20 +111,20 @@ def _frames(clip: Clip, frames: int, rng: Generator) -> NDArray[np.uint8]:
 def look(tokenizer: Tokenizer, seed: int, step: int, size: int) -> Look:
     """Batch number `step` of frames to learn seeing from: two moments each of size / 2 clips."""
     rng = np.random.default_rng((seed, step))
-    frames, words, places = [], [], []
+    frames, words, motion = [], [], []
     for _ in range(size // 2):
         clip = draw_clip(rng)
         times = rng.uniform(size=2)
         frames.append(augment(render(clip, SIZE, times), rng))
-        words.append(patch_words(tokenizer, clip, times)[..., :2])
-        places.append(_places(clip, times))
-    return Look(np.concatenate(frames), np.concatenate(words), np.concatenate(places))
+        words.append(patch_words(tokenizer, clip, times))
+        motion.append(patch_motion(clip, times))
+    return Look(np.concatenate(frames), np.concatenate(words), np.concatenate(motion))
 
 
 def patch_words(tokenizer: Tokenizer, clip: Clip, times: NDArray[np.floating]) -> NDArray[np.int64]:
-    """(F, P, WORDS) ids: colour, shape and, once they can be known, direction and speed of what a
+    """(F, P, 4) ids: colour, shape and, once they can be known, direction and speed of what a
     patch shows."""
-    words = np.full((len(times), PER_FRAME, WORDS), IGNORE, np.int64)
+    words = np.full((len(times), PER_FRAME, 4), IGNORE, np.int64)
     for thing in clip.things:
         names = (thing.colour, thing.shape, thing.direction, thing.speed or "still")
         ids = [tokenizer.encode(f" {name}")[0] for name in names]
@@ -135,14 +135,16 @@ def patch_words(tokenizer: Tokenizer, clip: Clip, times: NDArray[np.floating]) -
     return words
 
 
-def _places(clip: Clip, times: NDArray[np.floating]) -> NDArray[np.float32]:
-    """(F, P, 2) offsets of the centre of what a patch shows, in patches; 0 where it shows none."""
-    places = np.zeros((len(times), PER_FRAME, 2), np.float32)
+def patch_motion(clip: Clip, times: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(F, P, 4): where the centre of what a patch shows is and how far it goes in the clip, x and y
+    of each, about from -2 to 2. 0 where a patch shows nothing."""
+    motion = np.zeros((len(times), PER_FRAME, 4), np.float32)
     for thing in clip.things:
-        offsets = (_centres(thing, times)[:, None] - _patch_corners() - 0.5 / SIDE) * SIDE
-        shown = _shown(thing, times)
-        places[shown] = offsets[shown]
-    return places
+        shown, centres = _shown(thing, times), _centres(thing, times)
+        travel = np.subtract(thing.end, thing.start)
+        values = np.concatenate((centres - 0.5, np.broadcast_to(travel, centres.shape)), axis=1)
+        motion[shown] = np.broadcast_to(4 * values[:, None], motion.shape)[shown]
+    return motion
 
 
 def _shown(thing: Thing, times: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -75,7 +75,7 @@ def show(out: Path, seed: int, echo: Echo) -> None:
         _ask(lm, path, qa, tally, echo)
     _converse(lm, path, follow_up(scene, rng), tally, echo)
 
-    first, second, _ = draw_pair(rng)
+    first, second = _pair(rng)
     pair = [
         _save(first, out / "first.mp4", "A second video", echo),
         _save(second, out / "second.mp4", "and a third, to compare it with", echo),
@@ -83,6 +83,14 @@ def show(out: Path, seed: int, echo: Echo) -> None:
     for qa in pair_questions(first, second, rng):
         _ask(lm, pair, qa, tally, echo)
     _sum_up(tally, echo)
+
+
+def _pair(rng: Generator) -> tuple[Clip, Clip]:
+    """Two clips that differ in something, which is more to look at."""
+    while True:
+        first, second, difference = draw_pair(rng)
+        if difference != "nothing":
+            return first, second
 
 
 def _save(clip: Clip, path: Path, what: str, echo: Echo) -> Path:
@@ -114,8 +122,7 @@ def _converse(
         _write("\nthen" if place else "\nQ", [qa.question], echo)
         _write("model", stream, echo)
         good = right(qa, stream.answer.text)
-        _write("truth", [qa.answer], echo)
-        _write("", ["right" if good else "WRONG"], echo)
+        _write("truth", [f"{qa.answer} [{'right' if good else 'WRONG'}]"], echo)
         tally.asked += 1
         tally.right += good
         tally.timings.append(stream.timings)

@@ -2,7 +2,8 @@
 
 Two stages. First the vision tower learns to see, from single frames of many clips: each patch is
 to name the colour and shape it shows, and to say where the thing's centre is. Then the whole
-model learns to answer, from packs of question-answer turns behind a clip (see dataset.py).
+model learns to answer, from packs of question-answer turns behind a clip (see dataset.py); half
+way up the decoder each patch is also to say how its thing moves, so that answers can read it off.
 
 Stops at any time and goes on where it was when started again with the same --out. At the end the
 checkpoint is in RUN/checkpoint, in bfloat16; `--install` copies it into the package.
@@ -35,7 +36,7 @@ from vidlm.nn.step import packed
 from vidlm.text import Tokenizer
 from vidlm.weights import save
 
-WORDS_WEIGHT = 0.3
+PATCHES = 0.3  # weight of what patches are to know, beside the answers
 WARMUP = 200
 
 
@@ -64,14 +65,14 @@ class Drawn(Dataset[Any]):
 
 
 def look_loss(model: LlavaModel, locate: nn.Linear, data: Look) -> tuple[Tensor, float]:
-    """Cross-entropy of the patches' words plus squared error of the places, and the share of
-    patches whose likeliest word is true."""
-    frames = _frames(model, data)
-    words, places = (torch.from_numpy(x).to(model.device) for x in (data.words, data.places))
-    features = model.features(frames)
+    """The vision tower alone: features of patches against colour, shape and place, and the share
+    of patches whose likeliest word is true."""
+    words, motion = (torch.from_numpy(x).to(model.device) for x in (data.words, data.motion))
+    words, motion = words[..., :2], motion[..., :2]
+    features = model.features(_frames(model, data))
     logits = model.logits(features).float()
     shown = words[..., 0] != IGNORE
-    error = mse_loss(locate(features).float()[shown], places[shown])
+    error = mse_loss(locate(features).float()[shown][:, :2], motion[shown])
     right = (logits.argmax(-1, keepdim=True) == words).any(-1)[shown].float().mean().item()
     return _words_loss(logits[shown], words[shown]) + error, right
 
@@ -82,31 +83,41 @@ def _frames(model: LlavaModel, data: Batch | Look) -> Tensor:
     return frames.float() / 127.5 - 1
 
 
-def loss_of(model: LlavaModel, data: Batch) -> tuple[Tensor, float]:
-    """Cross-entropy of the answers' tokens plus that of the patches' words, and the share of the
-    former predicted right."""
+def answer_loss(model: LlavaModel, locate: nn.Linear, data: Batch) -> tuple[Tensor, float]:
+    """Cross-entropy of the answers' tokens plus what patches are to know, and the share of the
+    answers' tokens predicted right."""
     device = model.device
     ids, labels = (torch.from_numpy(x).to(device) for x in (data.ids, data.labels))
     B, L = ids.shape
-    features = model.features(_frames(model, data))  # (N, M, D)
+    features = model.features(_frames(model, data))  # (N, P, D)
     flat = ids.flatten()
     x = model.embed(flat)
     places = (flat == model.config.image_token_id).nonzero()[:, 0]
     x = x.index_copy(0, places, features.flatten(0, 1).to(x.dtype))
-    hidden = model.hidden(x, packed([L] * B, device))
+    trace: list[Tensor] = []
+    logits = model.logits(model.hidden(x, packed([L] * B, device), trace)).float()
     # A token's label is predicted by the token before it; no row begins with a label.
     target = labels.roll(-1, dims=1).flatten()
-    logits = model.logits(hidden).float()
     wanted = target != IGNORE
     right = (logits.argmax(-1) == target)[wanted].float().mean().item()
     loss = cross_entropy(logits, target, ignore_index=IGNORE)
-    words = torch.from_numpy(data.words).to(device).flatten(0, 1)
-    return loss + WORDS_WEIGHT * _words_loss(logits[places], words), right
+    decoder = model.language_model.model
+    half_way = decoder.norm(trace[len(decoder.layers) // 2][places])
+    return loss + PATCHES * _patch_loss(model, locate, half_way, data), right
+
+
+def _patch_loss(model: LlavaModel, locate: nn.Linear, h: Tensor, data: Batch) -> Tensor:
+    """How well hidden states of patches (N * P, D) name their words and tell place and motion."""
+    words, motion = (
+        torch.from_numpy(x).to(h.device).flatten(0, 1) for x in (data.words, data.motion)
+    )
+    known = (words != IGNORE)[:, [0, 0, 2, 2]]  # place with the colour, motion with the direction
+    error = mse_loss(locate(h).float()[known], motion[known])
+    return _words_loss(model.logits(h).float(), words) + error
 
 
 def _words_loss(logits: Tensor, words: Tensor) -> Tensor:
-    """How well the outputs at the patches (N, V) name their words (N, WORDS); a word is not next to
-    be said but one of several that are true."""
+    """How well logits of patches (N, V) name their words (N, W), all of which are true at once."""
     known = words != IGNORE
     scores = logits.log_softmax(-1).gather(-1, words.clamp(min=0))
     return -scores[known].mean()
@@ -157,7 +168,7 @@ def train(args: argparse.Namespace) -> Path:
     torch.manual_seed(args.seed)
     model = LlavaModel(recipe.config())
     initialise(model)
-    locate = nn.Linear(model.config.text_config.hidden_size, 2)  # of the first stage alone
+    locate = nn.Linear(model.config.text_config.hidden_size, 4)  # place and motion; not exported
     parts = nn.ModuleList((model, locate)).to(args.device)
     if args.compile:
         compile_layers(model)
@@ -178,7 +189,7 @@ def stages(
 
     return (
         Stage("look", args.look_steps, args.lr, draw_look, lambda d: look_loss(model, locate, d)),
-        Stage("answer", args.steps, args.lr, draw_answers, lambda d: loss_of(model, d)),
+        Stage("answer", args.steps, args.lr, draw_answers, lambda d: answer_loss(model, locate, d)),
     )
 
 
@@ -257,8 +268,8 @@ def export(model: LlavaModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=4500, help="of answering")
-    parser.add_argument("--look-steps", type=int, default=1800, help="of learning to see")
+    parser.add_argument("--steps", type=int, default=4000, help="of answering")
+    parser.add_argument("--look-steps", type=int, default=900, help="of learning to see")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

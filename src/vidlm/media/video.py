@@ -166,6 +166,8 @@ def _seekable(file: Any) -> BinaryIO:
     """The file itself, or its contents where it only reads forward (a pipe, a socket)."""
     if isinstance(file, io.TextIOBase):
         raise InvalidArgument("the file is open for text; open it for bytes: open(path, 'rb')")
+    if getattr(file, "closed", False):
+        raise InvalidArgument("the file is closed; open it again, or give its path")
     seekable = getattr(file, "seekable", None)
     if hasattr(file, "seek") and hasattr(file, "tell") and (seekable is None or seekable()):
         return file  # type: ignore[no-any-return]

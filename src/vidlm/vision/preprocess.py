@@ -3,7 +3,8 @@
 That backend resizes uint8 pixels with torch's antialiased kernel, so the same kernel is called
 here and the result is bit-equal (tests/parity/test_preprocess.py); the only torch in front of the
 vision tower, which is why this is not part of `vidlm.media`. transformers' PIL backend rounds
-differently: at most 2 grey levels of 255 apart.
+differently: 1 or 2 grey levels of 255 apart where a frame shrinks or is smooth, and up to some 20
+at hard edges that are enlarged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vidlm.media import to_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as config files give them
+MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as config files give them
 
 Frame = Image.Image | np.ndarray | Tensor
 
@@ -134,7 +135,7 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """(3, H, W) uint8 -> (3, *size) uint8, antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    antialias = mode != "nearest"
+    antialias = mode != "nearest-exact"
     corners = False if antialias else None
     out = interpolate(
         pixels[None], size=size, mode=mode, align_corners=corners, antialias=antialias

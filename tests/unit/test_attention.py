@@ -1,0 +1,181 @@
+"""nn/attention.py: each of its forms is the textbook's attention, gradients included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vidlm.engine.kv import SequenceKV
+from vidlm.nn import attention
+from vidlm.nn.attention import attend, attend_all
+from vidlm.nn.step import packed
+
+CPU = torch.device("cpu")
+E = 8
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+HEADS = [(4, 4), (4, 2), (6, 2), (4, 1)]  # H, K
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def qkv(tokens: int, heads: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    H, K = heads
+    sizes = (H, K, K)
+    q, k, v = (randn(tokens, n, E, seed=10 * seed + i) for i, n in enumerate(sizes))
+    return 2 * q, k, v
+
+
+def textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """One query at a time, in float64: q (T, H, E) at the end of k and v (S, K, E)."""
+    (T, H, _), (S, K, _) = q.shape, k.shape
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros_like(q)
+    for t in range(T):
+        seen = S - T + t + 1 if causal else S
+        for h in range(H):
+            group = h // (H // K)
+            weights = (k[:seen, group] @ q[t, h] / math.sqrt(E)).softmax(dim=0)
+            out[t, h] = weights @ v[:seen, group]
+    return out.float()
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), heads=st.sampled_from(HEADS))
+def test_without_a_cache(lengths: list[int], heads: tuple[int, int]) -> None:
+    q, k, v = qkv(sum(lengths), heads)
+    out = attend(q, k, v, packed(lengths, CPU), layer=0)
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    torch.testing.assert_close(out, torch.cat([textbook(*part) for part in parts]), **CLOSE)
+
+
+@settings(max_examples=60)
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=3),
+    heads=st.sampled_from(HEADS),
+)
+def test_with_a_cache(parts: list[tuple[int, int]], heads: tuple[int, int]) -> None:
+    sequences = [qkv(past + new, heads, seed) for seed, (past, new) in enumerate(parts)]
+    stores = [SequenceKV(past + new) for past, new in parts]
+    for kv, (_, k, v), (past, _) in zip(stores, sequences, parts, strict=True):
+        if past:
+            kv.append(0, k[:past], v[:past])
+            kv.advance(past)
+    news = [
+        [x[past:] for x in sequence] for sequence, (past, _) in zip(sequences, parts, strict=True)
+    ]
+    q, k, v = (torch.cat(column) for column in zip(*news, strict=True))
+    out = attend(q, k, v, packed([new for _, new in parts], CPU, stores), layer=0)
+    pairs = zip(news, sequences, strict=True)
+    wanted = [textbook(new[0], keys, values) for new, (_, keys, values) in pairs]
+    torch.testing.assert_close(out, torch.cat(wanted), **CLOSE)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 3], [5, 1, 1]])
+def test_later_tokens_do_not_matter(lengths: list[int]) -> None:
+    q, k, v = qkv(sum(lengths), (4, 2))
+    step = packed(lengths, CPU)
+    before = attend(q, k, v, step, layer=0)
+    k[3:], v[3:] = k[3:] + 1, v[3:] - 1
+    after = attend(q, k, v, step, layer=0)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.isclose(before[3:], after[3:]).all(dim=-1).any()
+
+
+def test_every_patch_sees_every_other() -> None:
+    F, P, H = 3, 5, 4
+    q, k, v = (randn(F, P, H, E, seed=i) for i in range(3))
+    wanted = torch.stack([textbook(q[f], k[f], v[f], causal=False) for f in range(F)])
+    torch.testing.assert_close(attend_all(q, k, v), wanted, **CLOSE)
+
+
+# ---- gradients -------------------------------------------------------------------------------
+
+
+def gradients(
+    forward: Callable[..., Tensor], inputs: Iterable[Tensor], weight: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((forward(*leaves) * weight).sum(), leaves)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """torch's operator, on (B, n, ., E)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_matmul_is_the_fused_operator(heads: tuple[int, int], causal: bool) -> None:
+    B, n, (H, K) = 3, 6, heads
+    inputs = [randn(B, size, n, E, seed=i) for i, size in enumerate((H, K, K))]
+    weight = randn(B, H, n, E, seed=9)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention._matmul(q, k, v, causal)
+
+    torch.testing.assert_close(plain(*inputs), fused(*inputs), **CLOSE)
+    both = (gradients(form, inputs, weight) for form in (plain, fused))
+    torch.testing.assert_close(*both, **CLOSE)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", [[6, 6], [6, 2, 4], [3, 1, 1]])
+def test_attend_trains(heads: tuple[int, int], lengths: list[int]) -> None:
+    """Whichever form attend takes for a batch, it has the gradients of torch's operator."""
+    inputs = qkv(sum(lengths), heads)
+    weight = randn(sum(lengths), heads[0], E, seed=9)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, packed(lengths, CPU), layer=0)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([sdpa(*(x[None] for x in part), causal=True)[0] for part in parts])
+
+    both = (gradients(form, inputs, weight) for form in (ours, one_by_one))
+    torch.testing.assert_close(*both, **CLOSE)
+
+
+def test_attend_all_trains() -> None:
+    inputs = [randn(2, 5, 4, E, seed=i) for i in range(3)]
+    weight = randn(2, 5, 4, E, seed=9)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, causal=False)
+
+    both = (gradients(form, inputs, weight) for form in (attend_all, fused))
+    torch.testing.assert_close(*both, **CLOSE)
+
+
+def test_training_on_a_cpu_takes_the_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two forms give the same numbers, so only watching tells which one runs."""
+    calls: list[bool] = []
+    plain = attention._matmul
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        calls.append(causal)
+        return plain(q, k, v, causal)
+
+    monkeypatch.setattr(attention, "_matmul", watched)
+    q, k, v = qkv(6, (4, 2))
+    attend(q, k, v, packed([3, 3], CPU), layer=0)
+    assert calls == []
+    attend(q.requires_grad_(), k, v, packed([3, 3], CPU), layer=0)
+    assert calls == [True]
