@@ -25,7 +25,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def network(form: Form, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
+def network(form: Form, seed: int = tiny.SEED) -> transformers.LlavaForConditionalGeneration:
     """A model in float32 with random weights."""
     config = transformers.LlavaConfig(**form.config)
     model = transformers.LlavaForConditionalGeneration(config).eval()

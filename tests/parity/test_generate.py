@@ -184,7 +184,10 @@ def test_beams(case: Case, how: dict[str, Any]) -> None:
 def test_beams_in_a_batch(case: Case) -> None:
     inputs = case.inputs(*BATCH, padding_side="left")
     rows = case.both(inputs, max_new_tokens=16, num_beams=3)
-    case.both(inputs, max_new_tokens=16, num_beams=3, eos_token_id=[rows[0][3], rows[1][6]])
+    # The reference takes a pad_token_id of 0 for none, and fills with an end; 7 it takes as said.
+    ends = {"eos_token_id": [rows[0][3], rows[1][6]], "pad_token_id": 7}
+    filled = case.both(inputs, max_new_tokens=16, num_beams=3, **ends)
+    assert any(row[-1] == 7 for row in filled)
 
 
 # ---- generation_config.json ----------------------------------------------------------------------

@@ -153,6 +153,20 @@ def test_ids_are_transformers(
         check(pair, prompt_of(seed + 10), params)
 
 
+@pytest.mark.parametrize("num_beams", [2, 3])
+@pytest.mark.parametrize("count", [4, 10])
+def test_many_likely_ends(pair: Pair, num_beams: int, count: int) -> None:
+    """More answers than are kept, and steps whose best continuations nearly all end."""
+    for seed in range(8):
+        params = SamplingParams(
+            max_new_tokens=14,
+            eos_token_ids=pair.ends[1 : 1 + count],
+            num_beams=num_beams,
+            length_penalty=2.0,
+        )
+        check(pair, prompt_of(seed), params)
+
+
 @settings(max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 10_000))
 def test_any_settings(pair: Pair, data: st.DataObject, seed: int) -> None:

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_with_one_line(endless: subprocess.Popen[bytes]) -> None:
     endless.send_signal(signal.SIGINT)
     out, err = endless.communicate(timeout=300)
     assert endless.returncode == 130
-    assert out.endswith(b"A\n")
+    assert out.strip(b"A") == b"\n"  # the line of the answer is ended
     assert err.splitlines()[-1] == b"vidlm: interrupted"
     assert b"Traceback" not in err
 
@@ -376,19 +376,22 @@ def test_no_color_is_honoured(
     assert ("\033[2m" in told) == coloured
 
 
+def break_off(progress: Progress) -> None:
+    """One stage done, the next under way, and then an error."""
+    with suppress(MediaError), progress:
+        progress.done(0.5, "read", "8 frames")
+        progress.now("looking")
+        raise MediaError("broken")
+
+
 def test_what_went_on_is_cleared_before_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
-    with pytest.raises(MediaError), Progress(quiet=False) as progress:
-        progress.now("reading")
-        raise MediaError("broken")
+    break_off(Progress(quiet=False))
     assert screen.getvalue().endswith("\r\033[K")
 
 
 def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
-    with pytest.raises(MediaError), Progress(quiet=True) as progress:
-        progress.now("reading")
-        progress.done(0.5, "read", "8 frames")
-        raise MediaError("broken")
+    break_off(Progress(quiet=True))
     assert screen.getvalue() == ""

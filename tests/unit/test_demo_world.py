@@ -302,8 +302,8 @@ def test_a_small_render_is_a_large_one_scaled_down(pattern: str) -> None:
     small = render(clip, 64, [0.0])[0].astype(float)
     large = render(clip, 192, [0.0])[0].astype(float)
     shrunk = large.reshape(64, 3, 64, 3, 3).mean((1, 3))
-    assert np.abs(small - shrunk).mean() < 1.0
-    assert np.abs(small - shrunk).max() < 45
+    assert np.abs(small - shrunk)[16:48].mean() < 0.33  # the band that the shapes are in
+    assert np.abs(small - shrunk).max() < 25
 
 
 @given(seeds, st.sampled_from(BACKGROUNDS))
@@ -332,6 +332,24 @@ def test_augment_roughens_a_little(seed: int) -> None:
         seen = [i for i, t in enumerate(EIGHT) if each.span()[0] <= t < each.span()[1]]
         centres = [np.multiply(each.at(EIGHT[i]), 64).astype(int) for i in seen]
         assert {names[i, y, x] for i, (x, y) in zip(seen, centres, strict=True)} == {each.colour}
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_augment_mixes_chroma_and_keeps_luma_sharp(seed: int) -> None:
+    stripes = np.zeros((1, 16, 16, 3), np.uint8)
+    stripes[:, :, ::2], stripes[:, :, 1::2] = COLOURS["red"], COLOURS["cyan"]
+    rough = augment(stripes, np.random.default_rng(seed)).astype(float)
+
+    def contrast(frames: NDArray[np.floating]) -> tuple[float, float]:
+        """Between the stripes: in luma, and in red less luma."""
+        luma = frames @ LUMA
+        both = luma, frames[..., 0] - luma
+        return tuple(float((p[..., ::2] - p[..., 1::2]).mean()) for p in both)  # type: ignore[return-value]
+
+    (luma, red), (luma_before, red_before) = contrast(rough), contrast(stripes.astype(float))
+    assert -15 < red < 1.07 * red_before  # from gone, but for clipping, to as it was
+    assert abs(luma / luma_before - 1) < 0.35
 
 
 def test_augment_takes_batches_and_render_applies_it() -> None:

@@ -37,7 +37,7 @@ def outcome(run: Callable[[Any], None], options: Any) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `| head` has read enough
-        _drop_stdout()
+        _give_up_stdout()
         return FAILED
     except Exception as error:
         if options.debug:
@@ -59,7 +59,7 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, VidlmError):
         return str(error), FAILED
     if isinstance(error, OSError) and error.strerror:
-        _drop_stdout()  # it may be what failed, and would fail again when Python flushes it
+        _give_up_stdout()  # which may be what failed
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", FAILED
     hint = "" if debug else "; run it again with --debug for the traceback"
@@ -76,6 +76,9 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _drop_stdout() -> None:
-    """Let nothing more be written to stdout: the flush at Python's exit would fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up_stdout() -> None:
+    """Where stdout takes no more, let Python's own flush at the end succeed all the same."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

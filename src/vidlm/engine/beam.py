@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vidlm.engine.forward import decode
 from vidlm.engine.kv import SequenceKV
 from vidlm.engine.sampler import process
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import VideoModel
-from vidlm.nn.step import packed
 from vidlm.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def search(
         if not going or _settled(finished, going[0], params):
             break
         beams = _branch(beams, going)
-        rows = _decode(model, beams)
+        rows = decode(model, [beam.ids[-1] for beam in beams], [beam.kv for beam in beams])
     best = finished[0].ids
     return best, FinishReason.STOP if best[-1] in params.eos_token_ids else FinishReason.LENGTH
 
@@ -135,13 +135,3 @@ def _branch(beams: Sequence[_Beam], going: Sequence[_Candidate]) -> list[_Beam]:
         taken.add(candidate.parent)
         children.append(_Beam(candidate.ids, candidate.score, kv))
     return children
-
-
-def _decode(model: VideoModel, beams: Sequence[_Beam]) -> Tensor:
-    """One step: each beam's newest token in, logits (B, V) for its next one out."""
-    stores = [beam.kv for beam in beams]
-    newest = torch.tensor([beam.ids[-1] for beam in beams], device=model.device)
-    hidden = model.hidden(model.embed(newest), packed([1] * len(stores), model.device, stores))
-    for kv in stores:
-        kv.advance(1)
-    return model.logits(hidden).float()

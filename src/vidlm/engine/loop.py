@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from vidlm.engine import beam
+from vidlm.engine.forward import decode, prefill
 from vidlm.engine.kv import SequenceKV
 from vidlm.engine.sampler import Sampler
 from vidlm.engine.timing import Timings
 from vidlm.errors import ContextOverflow, InvalidArgument
-from vidlm.models.base import Prompt, VideoModel, insert
-from vidlm.nn.step import packed
+from vidlm.models.base import Prompt, VideoModel
 from vidlm.text import Detokenizer, StopStrings, Tokenizer
 from vidlm.types import FinishReason, SamplingParams
 
@@ -106,7 +105,7 @@ def run(
     live: list[tuple[_Sequence, Tensor]] = []
     for i, (request, budget, stopped) in enumerate(zip(requests, budgets, watches, strict=True)):
         kv = SequenceKV(len(request.prompt.ids) + budget)
-        logits = _prefill(model, request.prompt, kv, timings)
+        logits = prefill(model, request.prompt, kv, timings)
         if request.params.num_beams > 1:
             with timings.stage("decode"):
                 found = beam.search(model, request, logits, kv, budget)
@@ -123,8 +122,10 @@ def run(
             yield Token(seq.index, token, finish)
             if finish is None:
                 going.append(seq)
+        if not going:
+            break
         with timings.stage("decode"):
-            rows = _decode(model, going)
+            rows = decode(model, [seq.ids[-1] for seq in going], [seq.kv for seq in going])
         live = list(zip(going, rows, strict=True))
 
 
@@ -159,32 +160,6 @@ def _watch(params: SamplingParams, tokenizer: Tokenizer | None) -> Callable[[int
         return strings.push(detokenizer.push(token))[1]
 
     return stopped
-
-
-@torch.inference_mode()
-def _prefill(model: VideoModel, prompt: Prompt, kv: SequenceKV, timings: Timings) -> Tensor:
-    """The whole prompt through the model; logits (V,) for the first new token."""
-    with timings.stage("encode"):
-        encoded = model.encode(prompt.media)
-    with timings.stage("prefill"):
-        ids = torch.tensor(prompt.ids, device=model.device)
-        x = insert(model.embed(ids), ids, model.config.placeholder_id, encoded)
-        hidden = model.hidden(x, packed([len(ids)], model.device, [kv]))
-        kv.advance(len(ids))
-        return model.logits(hidden[-1:])[0].float()
-
-
-@torch.inference_mode()
-def _decode(model: VideoModel, sequences: Sequence[_Sequence]) -> Sequence[Tensor]:
-    """One step: each sequence's newest token in, logits (V,) for its next one out."""
-    if not sequences:
-        return []
-    stores = [seq.kv for seq in sequences]
-    newest = torch.tensor([seq.ids[-1] for seq in sequences], device=model.device)
-    hidden = model.hidden(model.embed(newest), packed([1] * len(stores), model.device, stores))
-    for kv in stores:
-        kv.advance(1)
-    return list(model.logits(hidden).float())
 
 
 def _all_at_once(request: int, output: tuple[Sequence[int], FinishReason]) -> Iterator[Token]:

@@ -1,0 +1,36 @@
+"""The two steps of a request: its whole prompt at once, then one token after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidlm.engine.kv import SequenceKV
+from vidlm.engine.timing import Timings
+from vidlm.models.base import Prompt, VideoModel, insert
+from vidlm.nn.step import packed
+
+
+@torch.inference_mode()
+def prefill(model: VideoModel, prompt: Prompt, kv: SequenceKV, timings: Timings) -> Tensor:
+    """The whole prompt through the model; logits (V,) float32 for the first new token."""
+    with timings.stage("encode"):
+        encoded = model.encode(prompt.media)
+    with timings.stage("prefill"):
+        ids = torch.tensor(prompt.ids, device=model.device)
+        x = insert(model.embed(ids), ids, model.config.placeholder_id, encoded)
+        hidden = model.hidden(x, packed([len(ids)], model.device, [kv]))
+        kv.advance(len(ids))
+        return model.logits(hidden[-1:])[0].float()
+
+
+@torch.inference_mode()
+def decode(model: VideoModel, newest: Sequence[int], stores: Sequence[SequenceKV]) -> Tensor:
+    """The newest token of each sequence in; logits (B, V) float32 for its next one out."""
+    ids = torch.tensor(newest, device=model.device)
+    hidden = model.hidden(model.embed(ids), packed([1] * len(stores), model.device, stores))
+    for kv in stores:
+        kv.advance(1)
+    return model.logits(hidden).float()
