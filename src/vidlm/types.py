@@ -57,6 +57,9 @@ class SamplingParams:
         self._check("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off")
         self._check("num_beams", self.num_beams >= 1, "at least 1")
         self._check("stop", all(self.stop), "non-empty strings")
+        self._check("length_penalty", math.isfinite(self.length_penalty), "a finite number")
+        in_range = self.seed is None or 0 <= self.seed < 2**63
+        self._check("seed", in_range, "None, or from 0 to 2**63 - 1")
         if self.num_beams > 1 and self.temperature > 0:
             raise InvalidArgument(
                 f"num_beams={self.num_beams} with temperature={self.temperature}: beam search is "

@@ -117,21 +117,32 @@ def test_unknown_keywords_of_generate_itself(model: LlavaForConditionalGeneratio
 def test_an_error_reaches_the_thread_that_listens(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
-    streamer = TextIteratorStreamer(processor, timeout=30)
+    streamer = TextIteratorStreamer(processor, skip_prompt=True, timeout=30)
     failed: list[BaseException] = []
 
-    def work() -> None:
+    def work(ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
         try:
-            model.generate(torch.full((1, 600), 5), streamer=streamer)
-        except ContextOverflow as error:
+            model.generate(ids, streamer=streamer, **kwargs)
+        except (ContextOverflow, InvalidArgument, TypeError) as error:
             failed.append(error)
 
-    thread = Thread(target=work)
-    thread.start()
-    with pytest.raises(ContextOverflow):
-        list(streamer)
-    thread.join()
-    assert failed
+    long, fine = torch.full((1, 600), 5), torch.full((1, 6), 5)
+    for ids, kwargs, kind in (
+        (long, {}, ContextOverflow),
+        (fine, {"max_new_token": 5}, TypeError),
+        (fine, {"attention_mask": fine * 0}, InvalidArgument),
+        (fine.repeat(2, 1), {}, InvalidArgument),
+    ):
+        thread = Thread(target=work, args=(ids, kwargs))
+        thread.start()
+        with pytest.raises(kind):
+            list(streamer)
+        thread.join()
+        assert isinstance(failed.pop(), kind)
+    model.generate(fine, streamer=streamer, max_new_tokens=5)  # and goes on as if nothing was
+    alone = TextIteratorStreamer(processor, skip_prompt=True)
+    model.generate(fine, streamer=alone, max_new_tokens=5)
+    assert list(streamer) == list(alone) != []
 
 
 def test_waiting_ends(processor: LlavaProcessor) -> None:
@@ -163,3 +174,6 @@ def test_what_streamers_refuse(
         model.generate(torch.ones(1, 3, dtype=torch.int64), streamer=streamer, num_beams=2)
     with pytest.raises(TypeError, match="did you mean 'skip_special_tokens'"):
         TextStreamer(processor, skip_specials_tokens=True)
+    TextStreamer(processor, clean_up_tokenization_spaces=False)
+    with pytest.raises(InvalidArgument, match="set it on the tokenizer"):
+        TextStreamer(processor, clean_up_tokenization_spaces=True)

@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Look:
-    """Single frames (N, S, S, 3) of many clips, with words and motion of their patches (N, P, 4)."""
+    """Single frames (N, S, S, 3) of many clips; words and motion of their patches (N, P, 4)."""
 
     frames: NDArray[np.uint8]
     words: NDArray[np.int64]
@@ -154,7 +154,8 @@ def _shown(thing: Thing, times: NDArray[np.floating]) -> NDArray[np.bool_]:
     since, until = thing.span()
     there = (times >= since) & (times < until)
     distance = np.hypot(*np.moveaxis(nearest - centres, -1, 0))
-    return (distance < 0.7 * thing.radius) & there[:, None]
+    shown: NDArray[np.bool_] = (distance < 0.7 * thing.radius) & there[:, None]
+    return shown
 
 
 def _patch_corners() -> NDArray[np.floating]:

@@ -3,7 +3,8 @@
 Two stages. First the vision tower learns to see, from single frames of many clips: each patch is
 to name the colour and shape it shows, and to say where the thing's centre is. Then the whole
 model learns to answer, from packs of question-answer turns behind a clip (see dataset.py); half
-way up the decoder each patch is also to say how its thing moves, so that answers can read it off.
+way up the decoder each patch is also to say how its thing moves, so that answers can read it off,
+and single frames go on being looked at, since a few clips a step hold too few shapes to learn from.
 
 Stops at any time and goes on where it was when started again with the same --out. At the end the
 checkpoint is in RUN/checkpoint, in bfloat16; `--install` copies it into the package.
@@ -36,6 +37,7 @@ from vidlm.nn.step import packed
 from vidlm.text import Tokenizer
 from vidlm.weights import save
 
+SEEING = 0.5  # weight of the first stage's lesson in the second
 PATCHES = 0.3  # weight of what patches are to know, beside the answers
 WARMUP = 200
 
@@ -184,12 +186,19 @@ def stages(
     def draw_look(step: int) -> Look:
         return look(tokenizer, args.seed, step, 12 * args.batch)
 
-    def draw_answers(step: int) -> Batch:
-        return batch(tokenizer, args.seed + 1, step, args.batch, mix_at(step / args.steps))
+    def draw_answers(step: int) -> tuple[Batch, Look]:
+        mix = mix_at(step / args.steps)
+        seen = look(tokenizer, args.seed + 2, step, 6 * args.batch)
+        return batch(tokenizer, args.seed + 1, step, args.batch, mix), seen
+
+    def both(data: tuple[Batch, Look]) -> tuple[Tensor, float]:
+        answers, seen = data
+        loss, right = answer_loss(model, locate, answers)
+        return loss + SEEING * look_loss(model, locate, seen)[0], right
 
     return (
         Stage("look", args.look_steps, args.lr, draw_look, lambda d: look_loss(model, locate, d)),
-        Stage("answer", args.steps, args.lr, draw_answers, lambda d: answer_loss(model, locate, d)),
+        Stage("answer", args.steps, args.lr, draw_answers, both),
     )
 
 
@@ -268,8 +277,8 @@ def export(model: LlavaModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=4000, help="of answering")
-    parser.add_argument("--look-steps", type=int, default=900, help="of learning to see")
+    parser.add_argument("--steps", type=int, default=6000, help="of answering")
+    parser.add_argument("--look-steps", type=int, default=1800, help="of learning to see")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -28,6 +28,7 @@ class SequenceKV:
             self._layers.append((k.new_empty(shape), v.new_empty(shape)))
         keys, values = self._layers[layer]
         stop = self._length + n
+        assert stop <= self.capacity  # torch would broadcast a token past the end into nothing
         keys[:, self._length : stop] = k.transpose(0, 1)
         values[:, self._length : stop] = v.transpose(0, 1)
         return keys[:, :stop], values[:, :stop]
@@ -40,7 +41,11 @@ class SequenceKV:
         """An independent copy, for a beam that parts from its parent."""
         twin = SequenceKV(self.capacity)
         twin._length = self._length
-        twin._layers = [(k.clone(), v.clone()) for k, v in self._layers]
+        for pair in self._layers:
+            copies = tuple(torch.empty_like(part) for part in pair)
+            for copy, part in zip(copies, pair, strict=True):
+                copy[:, : self._length] = part[:, : self._length]
+            twin._layers.append((copies[0], copies[1]))
         return twin
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vidlm.engine import Request, run
+from vidlm.engine import Request, Token, run
 from vidlm.errors import InvalidArgument
 from vidlm.hf.generation import GenerateCall, read_call
 from vidlm.hf.loading import load_model, read_load_options
@@ -134,25 +134,22 @@ class ForConditionalGeneration(VideoModel):
         """
         defaults = {**self.generation_config, **(generation_config or {})}
         eos = self.config.text_config.eos_token_id
-        call = read_call(kwargs, defaults, prompt_length=input_ids.shape[1], eos=eos)
-        if streamer is not None and (len(input_ids) > 1 or call.params.num_beams > 1):
-            raise InvalidArgument("a streamer takes one request and num_beams=1")
-        mask = mask_of(input_ids, None, attention_mask)
-        requests = [Request(p, call.params) for p in self._prompts(input_ids, mask, pixel_values)]
-        answers: list[list[int]] = [[] for _ in requests]
         try:
-            if streamer is not None:
-                streamer.put(input_ids.cpu())
-            for token in run(self, requests, tokenizer=self._tokenizer(call, tokenizer)):
-                answers[token.request].append(token.id)
-                if streamer is not None:
-                    streamer.put(torch.tensor([token.id]))
+            call = read_call(kwargs, defaults, prompt_length=input_ids.shape[1], eos=eos)
+            mask = mask_of(input_ids, None, attention_mask)
+            prompts = self._prompts(input_ids, mask, pixel_values)
+            watcher = self._tokenizer(call, tokenizer)
+            tokens = run(self, [Request(p, call.params) for p in prompts], tokenizer=watcher)
+            if streamer is None:
+                answers = _collected(tokens, len(prompts))
+            elif len(prompts) > 1 or call.params.num_beams > 1:
+                raise InvalidArgument("a streamer takes one request and num_beams=1")
+            else:
+                answers = [_streamed(tokens, input_ids, streamer)]
         except BaseException as error:
             if hasattr(streamer, "fail"):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
-        if streamer is not None:
-            streamer.end()
         return _joined(input_ids, answers, call.pad_token_id)
 
     def _prompts(self, ids: Tensor, mask: Tensor, pixels: Tensor | None) -> list[Prompt]:
@@ -210,6 +207,24 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
         )
     target = labels[:, 1:].to(logits.device)
     return cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def _collected(tokens: Iterator[Token], requests: int) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in range(requests)]
+    for token in tokens:
+        answers[token.request].append(token.id)
+    return answers
+
+
+def _streamed(tokens: Iterator[Token], prompt: Tensor, streamer: Any) -> list[int]:
+    """The ids of one request, each passed on at once in the shape that streamers are used to."""
+    answer = []
+    streamer.put(prompt.cpu())
+    for token in tokens:
+        answer.append(token.id)
+        streamer.put(torch.tensor([token.id]))
+    streamer.end()
+    return answer
 
 
 def _joined(ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:

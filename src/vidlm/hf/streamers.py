@@ -25,13 +25,20 @@ class TextStreamer:
             if name not in DECODE_KEYWORDS:
                 raise unknown_keyword(type(self).__name__, name, ("skip_prompt", *DECODE_KEYWORDS))
         self.tokenizer: Tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        clean_up = decode_kwargs.get("clean_up_tokenization_spaces")
+        if clean_up not in (None, self.tokenizer.clean_up_tokenization_spaces):
+            raise InvalidArgument(
+                f"clean_up_tokenization_spaces={clean_up!r} differs from the tokenizer's, which "
+                "streamed text follows; set it on the tokenizer"
+            )
         self.skip_prompt = skip_prompt
         self._skip_special = bool(decode_kwargs.get("skip_special_tokens", False))
-        self._prompt_is_next = True
-        self._detokenizer = self._fresh()
+        self._begin()
 
-    def _fresh(self) -> Detokenizer:
-        return Detokenizer(self.tokenizer, skip_special_tokens=self._skip_special)
+    def _begin(self) -> None:
+        """Be ready for a run."""
+        self._prompt_is_next = True
+        self._detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=self._skip_special)
 
     def put(self, value: Any) -> None:
         """Take the prompt's ids (the first call of a run) or new token ids: a tensor or list."""
@@ -53,8 +60,7 @@ class TextStreamer:
     def end(self) -> None:
         """Give out what was held back, and be ready for the next run."""
         self.on_finalized_text(self._detokenizer.flush(), stream_end=True)
-        self._detokenizer = self._fresh()
-        self._prompt_is_next = True
+        self._begin()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called with each piece of text that cannot change any more; override to redirect it."""
@@ -89,6 +95,7 @@ class TextIteratorStreamer(TextStreamer):
     def fail(self, error: BaseException) -> None:
         """Hand an error of `generate` to the iterating thread, which would wait for ever."""
         self._queue.put(error)
+        self._begin()
 
     def __iter__(self) -> Iterator[str]:
         return self

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vidlm.errors import UnsupportedModel
 from vidlm.nn.activation import activation
 from vidlm.nn.attention import attend
+from vidlm.nn.embedding import Embedding
 from vidlm.nn.step import Step
 
 
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

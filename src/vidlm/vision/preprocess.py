@@ -24,7 +24,7 @@ from vidlm.media import to_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as config files give them
+MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 
 Frame = Image.Image | np.ndarray | Tensor
 

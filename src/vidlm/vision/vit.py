@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.nn.activation import activation
 from vidlm.nn.attention import attend_all
+from vidlm.nn.embedding import Embedding
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Embeddings(nn.Module):
         if config.class_token:
             self.class_embedding = nn.Parameter(torch.zeros(D))
         self.patch_embedding = nn.Conv2d(3, D, patch, patch, bias=not config.class_token)
-        self.position_embedding = nn.Embedding(config.patches + config.class_token, D)
+        self.position_embedding = Embedding(config.patches + config.class_token, D)
         self.class_token = config.class_token
 
     def forward(self, pixels: Tensor) -> Tensor:
