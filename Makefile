@@ -1,8 +1,6 @@
 # Every target works on a fresh machine that has Python 3.11 or newer: it makes .venv, installs the
 # versions of constraints.txt into it, and runs. A second call finds the stamps and starts at once.
 #
-# On Linux, PyPI's torch brings CUDA. For the much smaller CPU build:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -101,7 +101,7 @@ def _require_hub_id(name: str, folder: Path) -> None:
         raise ModelNotFound(
             f"model {name!r}: no such folder, and not a hub id of the form owner/name; check the "
             "path (relative ones start in the current folder), give a hub id such as "
-            "llava-hf/LLaVA-NeXT-Video-7B-hf, or try without weights: --model demo"
+            "llava-hf/llava-interleave-qwen-0.5b-hf, or try without weights: --model demo"
         )
 
 
