@@ -1,6 +1,5 @@
 # Every target works on a fresh machine that has Python 3.11 or newer: it makes .venv, installs the
 # versions of constraints.txt into it, and runs. A second call finds the stamps and starts at once.
-#
 
 PYTHON ?= python3
 BIN := .venv/bin

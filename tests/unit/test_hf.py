@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from house import ROOT
 from vidlm import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -111,6 +115,14 @@ def test_the_config_decides_the_dtype(folder: Path, tmp_path: Path) -> None:
         assert LlavaForConditionalGeneration.from_pretrained(copy).dtype == expected
         auto = LlavaForConditionalGeneration.from_pretrained(copy, torch_dtype="auto")
         assert auto.dtype == expected
+
+
+def test_loading_leaves_the_compiler_alone(folder: Path) -> None:
+    """torch imports it, for a second and 80 MB, to initialise an embedding on the meta device."""
+    code = f"import sys, vidlm; vidlm.load({str(folder)!r}); print('torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == "False\n"
 
 
 def test_auto_classes_find_the_family(folder: Path) -> None:
