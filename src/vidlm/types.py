@@ -65,6 +65,11 @@ class SamplingParams:
                 f"num_beams={self.num_beams} with temperature={self.temperature}: beam search is "
                 "deterministic here; use num_beams=1 to sample or temperature=0 for beams"
             )
+        if self.num_beams > 1 and self.stop:
+            raise InvalidArgument(
+                f"stop={self.stop!r} with num_beams={self.num_beams}: beams cannot be stopped by "
+                "strings, only by eos_token_ids; use num_beams=1 or leave stop out"
+            )
 
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -292,3 +293,20 @@ def test_entries_are_attributes() -> None:
     assert batch.to(torch.float16, device="cpu")["note"] == "text"
     with pytest.raises(InvalidArgument, match="non_blocking"):
         batch.to("cpu", non_blocking=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("silenced", "shown"), [("", True), ("1", False), ("true", False)])
+def test_the_bar_of_a_long_load(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, silenced: str, shown: bool
+) -> None:
+    monkeypatch.setattr("vidlm.hf.loading.PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", silenced)
+    LlavaForConditionalGeneration.from_pretrained(folder)
+    assert ("█" in screen.getvalue()) == shown
+    assert screen.getvalue().endswith("GB\n") == shown

@@ -174,6 +174,15 @@ def test_animated_webp() -> None:
         load_video(target.getvalue()[:400])
 
 
+def test_what_is_transparent_in_a_clip_is_white() -> None:
+    """As in a single image, whatever colour lies under the transparency."""
+    clear = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    target = io.BytesIO()
+    clear.save(target, "WEBP", save_all=True, append_images=[clear], duration=100, lossless=True)
+    assert (load_video([clear, clear]).frames == 255).all()
+    assert (load_video(target).frames == 255).all()
+
+
 def closed() -> io.BytesIO:
     file = io.BytesIO(b"...")
     file.close()

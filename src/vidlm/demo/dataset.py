@@ -25,6 +25,7 @@ TEXT, PAIR_TEXT = 200, 72  # tokens of turns behind one clip, and behind a pair
 SIDE = SIZE // PATCH
 PER_FRAME = SIDE**2
 MOVES = 2  # frames after which a thing's motion can be known
+HARD = {"colour": 3.0, "order": 2.0, "event": 0.6}  # weights of kinds; 1 where not named
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def mix_at(progress: float) -> Mix:
         return Mix((1.0, 0.0, 0.0), 0.1)
     if progress < 0.15:
         return Mix((0.5, 0.5, 0.0), 0.2)
-    return Mix((0.2, 0.35, 0.45), 0.25)
+    return Mix((0.2, 0.35, 0.45), 0.3)
 
 
 def batch(tokenizer: Tokenizer, seed: int, step: int, size: int, mix: Mix) -> Batch:
@@ -92,8 +93,8 @@ def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool
     else:
         count = int(rng.choice((1, 2, 3), p=mix.counts))
         clip = draw_clip(rng, count=count)
-        clips, turns = [clip], questions(clip, rng)
-        if rng.random() < 0.3:
+        clips, turns = [clip], hard_first(questions(clip, rng), rng)
+        if rng.random() < 0.45:
             turns = [*follow_up(clip, rng), *turns]
     budget = PAIR_TEXT if pair else TEXT
     ids, labels = pack(tokenizer, turns, len(clips) * frames, budget, rng)
@@ -102,6 +103,13 @@ def _row(tokenizer: Tokenizer, rng: Generator, frames: int, mix: Mix, pair: bool
     words = np.concatenate([patch_words(tokenizer, clip, times) for clip in clips])
     motion = np.concatenate([patch_motion(clip, times) for clip in clips])
     return shown, words, motion, ids, labels
+
+
+def hard_first(turns: Sequence[QA], rng: Generator) -> list[QA]:
+    """The turns in a random order in which those of hard kinds tend to be early: a pack ends where
+    its budget does, and late turns are lost."""
+    early = rng.exponential(size=len(turns)) / [HARD.get(turn.kind, 1.0) for turn in turns]
+    return [turns[i] for i in early.argsort()]
 
 
 def _frames(clip: Clip, frames: int, rng: Generator) -> NDArray[np.uint8]:

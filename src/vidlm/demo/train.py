@@ -188,7 +188,7 @@ def stages(
 
     def draw_answers(step: int) -> tuple[Batch, Look]:
         mix = mix_at(step / args.steps)
-        seen = look(tokenizer, args.seed + 2, step, 6 * args.batch)
+        seen = look(tokenizer, args.seed + 2, step, 4 * args.batch)
         return batch(tokenizer, args.seed + 1, step, args.batch, mix), seen
 
     def both(data: tuple[Batch, Look]) -> tuple[Tensor, float]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from vidlm.engine.forward import decode
 from vidlm.engine.kv import SequenceKV
 from vidlm.engine.sampler import process
-from vidlm.errors import InvalidArgument
 from vidlm.models.base import VideoModel
 from vidlm.types import FinishReason, SamplingParams
 
@@ -51,14 +50,9 @@ def search(
     """The best answer of at most `budget` tokens, and why it ends.
 
     `logits` (V,) float32 are those after the prompt, which `kv` holds with room for `budget` tokens
-    more; the search writes to it. Raises InvalidArgument on stop strings.
+    more; the search writes to it.
     """
     params = request.params
-    if params.stop:
-        raise InvalidArgument(
-            f"stop={params.stop!r} with num_beams={params.num_beams}: beams cannot be stopped by "
-            "strings, only by eos_token_ids; use num_beams=1 or leave stop out"
-        )
     prompt = tuple(set(request.prompt.ids))  # thousands of them are one placeholder
     beams, rows = [_Beam((), 0.0, kv)], logits[None]
     finished: list[_Candidate] = []

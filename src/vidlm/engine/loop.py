@@ -122,11 +122,16 @@ def run(
             yield Token(seq.index, token, finish)
             if finish is None:
                 going.append(seq)
-        if not going:
-            break
-        with timings.stage("decode"):
-            rows = decode(model, [seq.ids[-1] for seq in going], [seq.kv for seq in going])
-        live = list(zip(going, rows, strict=True))
+        live = _step(model, going, timings) if going else []
+
+
+def _step(
+    model: VideoModel, going: Sequence[_Sequence], timings: Timings
+) -> list[tuple[_Sequence, Tensor]]:
+    """Each sequence with the logits (V,) for its next token."""
+    with timings.stage("decode"):
+        rows = decode(model, [seq.ids[-1] for seq in going], [seq.kv for seq in going])
+    return list(zip(going, rows, strict=True))
 
 
 def _budget(model: VideoModel, request: Request) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from vidlm.weights import Renames, load, stored_dtype
 
 DEMO = "demo"  # the name of the model inside the package
 PATIENCE = 1.0  # seconds of loading before a bar appears
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+TRUE = ("1", "ON", "YES", "TRUE")  # as the hub library reads its variables
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,11 @@ def _device(device_map: Any) -> torch.device:
 
 
 def _bar(name: str) -> Callable[[int, int], None] | None:
-    """A progress bar for loads that take longer than a moment, if stderr is a terminal."""
-    if not sys.stderr.isatty():
+    """A progress bar for loads that take longer than a moment, if stderr is a terminal.
+
+    None where the variable that silences the hub library's bars is set.
+    """
+    if not sys.stderr.isatty() or os.environ.get(NO_BARS, "").upper() in TRUE:
         return None
     began = time.monotonic()
 

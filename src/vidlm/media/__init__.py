@@ -1,8 +1,9 @@
 """Bytes to frames, with numpy, PyAV and PIL only: safe to import in a worker process, no torch."""
 
-from vidlm.media.image import is_image, load_image, to_rgb
+from vidlm.media.image import is_image, load_image
 from vidlm.media.sample import FramePolicy
 from vidlm.media.sheet import contact_sheet
+from vidlm.media.stills import to_rgb
 from vidlm.media.video import (
     Limits,
     Source,

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vidlm.media.clip import DEFAULT_LIMITS, Limits
-from vidlm.media.stills import reading
+from vidlm.media.stills import reading, to_rgb
 from vidlm.media.video import Source, opened
 
 # What a name must end with to be taken for a still image. GIF, PNG and WebP may be animated, but
@@ -40,14 +40,6 @@ def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS)
     with opened(source) as (file, name), reading(name), Image.open(file) as image:
         limits.check(name, 1, image.height, image.width)
         return to_rgb(ImageOps.exif_transpose(image))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode; what is transparent lies before white, as in transformers 5."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:

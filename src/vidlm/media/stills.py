@@ -85,7 +85,7 @@ def from_webp(file: BinaryIO, name: str, policy: FramePolicy, limits: Limits) ->
         frames = np.empty((len(rows), height, width, 3), np.uint8)
         for place, row in enumerate(rows):
             image.seek(int(row))
-            frames[place] = np.asarray(image.convert("RGB"))
+            frames[place] = np.asarray(to_rgb(image))
     return timeline.video(frames, rows, name)
 
 
@@ -124,7 +124,7 @@ def _from_image(image: Image.Image, what: str) -> Frames:
             f"{what} is an image of mode {image.mode!r}, more than 8 bits a channel; scale it to "
             "0..255 and convert it to 'L' or 'RGB' yourself"
         )
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(to_rgb(image))
 
 
 def _from_file(path: Path, what: str, limits: Limits) -> Frames:
@@ -132,6 +132,14 @@ def _from_file(path: Path, what: str, limits: Limits) -> Frames:
     with reading(name), Image.open(path) as image:
         limits.check(name, 1, image.height, image.width)
         return _from_image(ImageOps.exif_transpose(image), name)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image of any mode; what is transparent lies before white, as in transformers 5."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 @contextmanager
