@@ -25,7 +25,7 @@ lint: .venv/.dev ## check style and formatting
 types: .venv/.dev ## check the types
 	$(BIN)/mypy
 
-bench: .venv/.dev ## run every benchmark; each prints one line of JSON
+bench: .venv/.bench ## run every benchmark; each prints one line of JSON
 	@set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
 
 .venv/bin/pip:
@@ -44,3 +44,7 @@ bench: .venv/.dev ## run every benchmark; each prints one line of JSON
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@$(PIP) install -c constraints.txt --no-deps torchvision
 	@touch .venv/.core $@
+
+.venv/.bench: .venv/.dev
+	@$(PIP) install -c constraints.txt -e '.[bench]'
+	@touch $@

@@ -14,6 +14,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from vidlm.media import Video
+
 Frames = NDArray[np.uint8]
 
 BITS = 16
@@ -102,3 +104,29 @@ def sound(with_cover: bool = False) -> bytes:
         for packet in stream.encode(silence) + stream.encode(None):
             output.mux(packet)
     return target.getvalue()
+
+
+STILLS = {"container": "mov", "codec": "png", "pix_fmt": "rgb24"}  # each frame on its own
+
+
+def spoiled(*places: int) -> Edit:
+    """These packets hold nothing that decodes."""
+
+    def edit(packets: list[av.Packet]) -> Iterable[av.Packet]:
+        for place, packet in enumerate(packets):
+            if place not in places:
+                yield packet
+                continue
+            broken = av.Packet(b"\xff" * packet.size)
+            broken.stream, broken.time_base = packet.stream, packet.time_base
+            broken.pts, broken.dts, broken.duration = packet.pts, packet.dts, packet.duration
+            broken.is_keyframe = packet.is_keyframe
+            yield broken
+
+    return edit
+
+
+def check(video: Video, indices: Iterable[int]) -> None:
+    indices = list(indices)
+    assert video.indices.tolist() == indices
+    assert numbers(video.frames) == indices

@@ -13,6 +13,7 @@ from PIL import Image
 from vidlm.engine import Request, Timings, run
 from vidlm.errors import InvalidArgument, unknown_keyword
 from vidlm.hf import (
+    VIDEO_OPTIONS,
     AutoModelForImageTextToText,
     AutoProcessor,
     ForConditionalGeneration,
@@ -25,7 +26,10 @@ from vidlm.models.base import Prompt
 from vidlm.text import Detokenizer, StopStrings
 from vidlm.types import FinishReason, FrameRef, SamplingParams, Usage
 
-FRAME_KEYWORDS = {"frames": "num_frames", **{n: n for n in ("fps", "max_frames", "start", "end")}}
+FRAME_KEYWORDS = {
+    "frames": "num_frames",
+    **{name: name for name in VIDEO_OPTIONS if name != "num_frames"},
+}
 SAMPLING_KEYWORDS = {
     "max_tokens": "max_new_tokens",
     "stop": "stop_strings",
@@ -122,7 +126,8 @@ class LM:
     `Video`, a PIL image, or, inside a list of sources, a list of images: the frames of one video.
     Keywords of `ask`, `stream` and `chat`:
 
-    frames or fps, max_frames, start, end    which frames of each video; 8 frames unless given
+    frames or fps, min_frames, max_frames, start, end, sampling, indices, times    which frames of
+        each video, as `vidlm.media.load_video` takes them; 8 frames unless given
     system                                   a system prompt
     max_tokens, min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
     num_beams, length_penalty, early_stopping    as `generate` takes them; greedy unless given

@@ -16,7 +16,7 @@ from vidlm.demo.world import draw_clip, write_mp4
 from vidlm.hub import read_safetensors_header, weight_files
 
 QUESTION = "Describe the clip."
-FLOOR = 0.75
+FLOOR = 0.9
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vidlm.errors import InvalidArgument
+from vidlm.media.policy import FramePolicy, choose, seconds
 from vidlm.media.sample import (
-    FramePolicy,
     between,
     by_fps,
-    choose,
-    seconds,
+    clamped,
+    repeated_linspace,
+    spread_over,
+    strided,
     uniform_arange,
     uniform_linspace,
 )
@@ -234,3 +239,138 @@ def test_a_senseless_policy_is_refused_by_name_and_value(words: dict, said: str)
 def test_numbers_of_numpy_are_numbers() -> None:
     assert take(100, num_frames=np.int64(2)) == [0, 50]
     assert take(100, fps=np.float32(0.5)) == [0, 50]
+
+
+# ---- the rules of the references -------------------------------------------------------------
+
+
+@given(counts, counts)
+def test_linspace_repeats_to_reach_its_number(n: int, count: int) -> None:
+    rows = choose(grid(n), FramePolicy(num_frames=count, sampling="linspace"), stop=n / 25)
+    assert rows.tolist() == np.linspace(0, n - 1, count).astype(int).tolist()
+
+
+def test_slowfasts_rules_by_the_published_table(shared: Path) -> None:
+    table = shared / "golden" / "slowfast" / "preprocess" / "frame_indices.json"
+    cases = json.loads(table.read_text("utf-8"))
+    for case in cases["linspace"]:
+        assert repeated_linspace(case["total"], case["n"]).tolist() == case["idx"]
+    for case in (*cases["fps_then_uniform_eval"], *cases["fps_then_uniform_train"]):
+        rows = strided(case["total"], case["n"], rate=case["fps"], fps=case["target_fps"])
+        assert rows.tolist() == case["idx"]
+
+
+@given(st.integers(1, 2000), st.sampled_from([10.0, 24.0, 25.0, 29.97, 60.0]), st.integers(1, 96))
+def test_slowfasts_rule_is_its_formula(n: int, rate: float, count: int) -> None:
+    step = max(round(rate / 2), 1)
+    every = [*range(0, n, step)]
+    expected = every
+    if len(every) >= count:
+        expected = [every[round((i + 1) * len(every) / count - 1)] for i in range(count)]
+    assert strided(n, count, rate=rate, fps=2.0).tolist() == expected
+
+
+@given(st.integers(1, 5000), st.sampled_from([12.0, 25.0, 29.97, 30.0, 60.0]))
+def test_videollama3s_rule_is_torchs_arange(n: int, rate: float) -> None:
+    count = int(min(max(n / rate, 4), 180, n))
+    expected = torch.arange(0, n, n / count).int().tolist()
+    rows = clamped(n, rate=rate, fps=1.0, least=4, most=180).tolist()
+    assert rows == [row for row in expected if row < n]
+    assert (
+        rows == choose(grid(n, rate), FramePolicy(sampling="videollama3"), stop=n / rate).tolist()
+    )
+
+
+def test_videollama3_takes_at_least_four_frames() -> None:
+    """The reference's own example: 95 frames at 29.97 a second are 3 seconds."""
+    assert clamped(95, rate=29.97, fps=1.0, least=4, most=180).tolist() == [0, 23, 47, 71]
+
+
+def test_the_least_that_fps_may_give() -> None:
+    assert take(100, fps=0.1, min_frames=4) == [0, 25, 50, 75]
+    assert take(100, fps=1, min_frames=2) == [0, 25, 50, 75]
+    assert take(3, fps=1, min_frames=8) == [0, 1, 2]
+
+
+# ---- key frames and shots --------------------------------------------------------------------
+
+
+def marked(n: int, marks: list[int], **words: object) -> list[int]:
+    policy = FramePolicy(**words)  # type: ignore[arg-type]
+    return choose(grid(n), policy, stop=n / 25, marks=np.array(marks)).tolist()
+
+
+def test_key_frames_are_thinned_evenly() -> None:
+    keys = [0, 10, 30, 31, 80]
+    assert marked(100, keys, sampling="keyframes") == keys
+    assert marked(100, keys, sampling="keyframes", num_frames=3) == [0, 30, 80]
+    assert marked(100, keys, sampling="keyframes", num_frames=9) == keys
+    assert marked(100, keys, sampling="keyframes", start=0.4, end=1.24) == [10, 30]
+    with pytest.raises(InvalidArgument, match="no key frame between start=2 and end=3"):
+        marked(100, keys, sampling="keyframes", start=2, end=3)
+
+
+def test_a_shot_gives_its_middle() -> None:
+    assert marked(100, [0, 20, 60], sampling="scenes") == [10, 40, 80]
+    assert marked(100, [0, 20, 60], sampling="scenes", max_frames=2) == [40, 80]
+    assert marked(100, [0, 20, 60], sampling="scenes", num_frames=1) == [40]
+    assert marked(100, [0, 20, 60], sampling="scenes", num_frames=5) == [10, 30, 50, 70, 90]
+    assert marked(100, [0, 20, 60], sampling="scenes", start=1.2) == [45, 80]
+
+
+@given(st.sets(st.integers(1, 199), max_size=30), st.integers(1, 300))
+def test_frames_are_shared_out_over_shots(cuts: set[int], count: int) -> None:
+    starts = np.array([0, *sorted(cuts)])
+    rows = spread_over(starts, 200, count)
+    assert len(rows) == min(count, 200)
+    assert (np.diff(rows) > 0).all()
+    shots = np.searchsorted(starts, rows, side="right") - 1
+    assert len(set(shots.tolist())) == min(count, len(starts))
+
+
+def test_pictures_have_no_key_frames() -> None:
+    with pytest.raises(InvalidArgument, match="sampling='keyframes' needs a video file"):
+        take(10, sampling="keyframes")
+
+
+# ---- exactly these ---------------------------------------------------------------------------
+
+
+def test_frames_by_number_come_in_the_order_asked_for() -> None:
+    assert take(100, indices=[7, 3, 3, 99]) == [7, 3, 3, 99]
+    assert take(100, indices=np.array([5, 6])) == [5, 6]
+    with pytest.raises(InvalidArgument, match="indices with 100: the clip has 100 frames, 0 to 99"):
+        take(100, indices=[0, 100])
+
+
+def test_frames_by_time_are_those_on_screen() -> None:
+    assert take(100, times=[0, 0.05, "0:02", 3.99]) == [0, 1, 50, 99]
+    with pytest.raises(InvalidArgument, match="times with 4 s, which is beyond the end of the"):
+        take(100, times=[1, 4])
+    assert choose(grid(3, first=2.0), FramePolicy(times=[0.5]), stop=3.0).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"sampling": "random"}, "sampling='random'; allowed: uniform, linspace"),
+        ({"sampling": "linspace"}, "needs num_frames"),
+        ({"sampling": "linspace", "num_frames": 10**9}, "at most 100000"),
+        ({"sampling": "scenes", "fps": 2}, "fps=2 means nothing to sampling='scenes'"),
+        ({"sampling": "keyframes", "min_frames": 2}, "min_frames=2 means nothing"),
+        ({"min_frames": 4}, "give fps too"),
+        ({"fps": 1, "min_frames": 9, "max_frames": 8}, "min_frames=9 is above max_frames=8"),
+        ({"indices": [1], "num_frames": 8}, "indices and num_frames exclude each other"),
+        ({"indices": [1], "times": [1]}, "indices and times exclude each other"),
+        ({"times": [1], "start": 2}, "times and start exclude each other"),
+        ({"indices": []}, "takes no frame"),
+        ({"indices": [-1]}, "indices with -1"),
+        ({"indices": [1.5]}, "indices with 1.5"),
+        ({"indices": "12"}, "give a list"),
+        ({"indices": 3}, "give a list"),
+        ({"times": ["soon"]}, "times='soon' is not a time"),
+    ],
+)
+def test_a_combination_that_means_nothing_is_refused(words: dict, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        FramePolicy(**words)

@@ -27,11 +27,13 @@ from vidlm.errors import (
 from vidlm.media import (
     Limits,
     Video,
+    load_image,
     load_video,
     replace_video_with_images,
     sample_frames,
-    video,
+    source,
 )
+from vidlm.media.fetch import FetchPolicy
 
 SMALL = Path(__file__).parents[1] / "data" / "nemo_test_video.mp4"
 
@@ -88,14 +90,14 @@ def test_every_source_gives_the_same_frames(mp4: bytes, path: Path) -> None:
 
 def test_a_web_address_is_fetched_and_named_by_its_last_part(mp4: bytes, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(video, "fetch", lambda url: asked.append(url) or mp4)
+    monkeypatch.setattr(source, "fetch", lambda url, policy: asked.append(url) or mp4)
     assert load_video("https://host/a/b.mp4?key=secret", num_frames=1).name == "b.mp4"
     assert load_video("HTTP://host/", num_frames=1).name == "host"
     assert asked == ["https://host/a/b.mp4?key=secret", "HTTP://host/"]
 
 
 def test_an_unseekable_stream_has_a_ceiling(monkeypatch) -> None:
-    monkeypatch.setattr(video, "MAX_BYTES", 100)
+    monkeypatch.setattr(source, "MAX_BYTES", 100)
     with pytest.raises(MediaLimitError, match="cannot seek"):
         load_video(Forward(b"x" * 200))
 
@@ -183,6 +185,41 @@ def test_what_is_transparent_in_a_clip_is_white() -> None:
     assert (load_video(target).frames == 255).all()
 
 
+def test_a_folder_or_a_pattern_is_its_images_in_order(tmp_path: Path) -> None:
+    for number in (2, 10, 1, 33):
+        Image.fromarray(clips.picture(number)).save(tmp_path / f"frame_{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    for each in (tmp_path, str(tmp_path), str(tmp_path / "*.png"), tmp_path / "frame_*"):
+        assert clips.numbers(load_video(each).frames) == [1, 2, 10, 33]
+    assert clips.numbers(load_video(str(tmp_path / "frame_1*")).frames) == [1, 10]
+    with pytest.raises(MediaError, match="matches no file; give a video file"):
+        load_video(str(tmp_path / "*.gif"))
+
+
+def test_a_file_whose_name_looks_like_a_pattern(mp4: bytes, tmp_path: Path) -> None:
+    (tmp_path / "clip[1].mp4").write_bytes(mp4)
+    assert load_video(tmp_path / "clip[1].mp4", num_frames=2).total_frames == 20
+
+
+def test_only_some_folders_may_be_read(mp4: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "open" / "clip.mp4"
+    path.parent.mkdir()
+    path.write_bytes(mp4)
+    access = FetchPolicy(folders=(path.parent,))
+    assert load_video(path, num_frames=1, access=access).total_frames == 20
+    assert load_video(path.as_uri(), num_frames=1, access=access).total_frames == 20
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(image)
+    link = path.parent / "link.png"
+    link.symlink_to(image)
+    outside = [image, image.as_uri(), tmp_path, tmp_path / "gone", tmp_path / "*.png", [image]]
+    for each in (*outside, link, [link], str(path.parent / "l*.png")):
+        with pytest.raises(MediaFetchError, match="outside the folders that may be read"):
+            load_video(each, access=access)
+    with pytest.raises(MediaFetchError, match="outside the folders that may be read"):
+        load_image(image, access=access)
+
+
 def closed() -> io.BytesIO:
     file = io.BytesIO(b"...")
     file.close()
@@ -237,10 +274,10 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 def test_lists_and_arrays_keep_to_the_limits() -> None:
     frames = clips.pictures(4)
     limits = Limits(kept_bytes=3 * frames[0].nbytes)
-    for source in (frames, list(frames)):
-        assert len(load_video(source, num_frames=3, limits=limits)) == 3
+    for each in (frames, list(frames)):
+        assert len(load_video(each, num_frames=3, limits=limits)) == 3
         with pytest.raises(MediaLimitError, match="at most 3"):
-            load_video(source, limits=limits)
+            load_video(each, limits=limits)
 
 
 # ---- files that are no video -----------------------------------------------------------------
@@ -253,7 +290,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load_video("gone.mp4")
     with pytest.raises(MediaNotFound, match="no such file"):
         load_video((tmp_path / "gone.mp4").as_uri())
-    with pytest.raises(MediaError, match="is a folder; give one video file"):
+    with pytest.raises(MediaError, match="is a folder without images; give a video file"):
         load_video(tmp_path)
     for name in ("a" * 5000, "nul\0byte"):
         with pytest.raises(MediaError, match="cannot be opened"):

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from vidlm.cli.options import Ask
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import STDIN, check_frames, check_sources, read
+from vidlm.cli.sources import STDIN, check_sources, chosen_frames, read
 from vidlm.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from vidlm.api import LM, AnswerStream
 
 EXAMPLE = 'vidlm ask clip.mp4 "What happens?"'
-KEYWORDS = ("frames", "fps", "start", "end", "max_tokens", "temperature", "top_p", "seed", "system")
+KEYWORDS = ("max_tokens", "temperature", "top_p", "seed", "system")
 
 
 def ask(given: Ask) -> None:
     """Everything that can be wrong without a model is found before one is loaded or downloaded."""
     sources = given.videos or []
     question = check_question(sources, given.question)
-    check_frames(given.frames, given.fps, given.start, given.end)
+    frames = chosen_frames(given)
     check_sources(sources)
     if given.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -34,7 +34,7 @@ def ask(given: Ask) -> None:
             progress.now("reading stdin")
         media = [read(source) for source in sources]
         lm = _load(given, progress)
-        stream = _read(lm, media, question, given, progress)
+        stream = _read(lm, media, question, _keywords(given, frames), progress)
         pieces = _first_token(stream, media, progress)
         if given.json:
             told = {"model": given.model, "question": question, "sources": sources}
@@ -85,12 +85,18 @@ def _load(given: Ask, progress: Progress) -> LM:
     return lm
 
 
-def _read(lm: LM, media: list[Any], question: str, given: Ask, progress: Progress) -> AnswerStream:
+def _keywords(given: Ask, frames: dict[str, Any]) -> dict[str, Any]:
+    """What `lm.stream` is told."""
+    said = {name: getattr(given, name) for name in KEYWORDS}
+    frames = {("frames" if name == "num_frames" else name): v for name, v in frames.items()}
+    return frames | {name: value for name, value in said.items() if value is not None}
+
+
+def _read(
+    lm: LM, media: list[Any], question: str, keywords: dict[str, Any], progress: Progress
+) -> AnswerStream:
     progress.now("reading the frames")
-    keywords = {name: getattr(given, name) for name in KEYWORDS}
-    stream = lm.stream(
-        media, question, **{name: value for name, value in keywords.items() if value is not None}
-    )
+    stream = lm.stream(media, question, **keywords)
     progress.done(
         stream.timings.decode_media, "read", _counted(stream, media) + _span(stream, media)
     )

@@ -29,6 +29,20 @@ Start = Annotated[
     str | None, typer.Option("--start", metavar="TIME", help='From here on: seconds or "mm:ss".')
 ]
 End = Annotated[str | None, typer.Option("--end", metavar="TIME", help="Up to here.")]
+Sampling = Annotated[
+    str | None,
+    typer.Option(
+        "--sampling",
+        metavar="RULE",
+        help="uniform, keyframes, scenes, or a model's own: linspace, slowfast, videollama3.",
+    ),
+]
+Times = Annotated[
+    str | None, typer.Option("--times", metavar="T,T", help="The frames shown at these times.")
+]
+Indices = Annotated[
+    str | None, typer.Option("--indices", metavar="I,I", help="Frames by number, from 0.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[
     str | None,
@@ -64,6 +78,9 @@ class Ask:
     fps: Rate = None
     start: Start = None
     end: End = None
+    sampling: Sampling = None
+    times: Times = None
+    indices: Indices = None
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer, in tokens."),
@@ -145,6 +162,9 @@ class Frames:
     fps: Rate = None
     start: Start = None
     end: End = None
+    sampling: Sampling = None
+    times: Times = None
+    indices: Indices = None
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False
     debug: Debug = False
 

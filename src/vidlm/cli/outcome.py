@@ -25,7 +25,20 @@ OPTIONS: Mapping[str, str] = {
     "max_new_tokens": "--max-tokens",
     "top_p": "--top-p",
     "device_map": "--device",
-    **{name: f"--{name}" for name in ("fps", "start", "end", "temperature", "seed", "dtype")},
+    **{
+        name: f"--{name}"
+        for name in (
+            "fps",
+            "start",
+            "end",
+            "sampling",
+            "times",
+            "indices",
+            "temperature",
+            "seed",
+            "dtype",
+        )
+    },
 }
 
 

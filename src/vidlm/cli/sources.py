@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vidlm.errors import InvalidArgument, MediaNotFound
 
+if TYPE_CHECKING:
+    from vidlm.cli.options import Ask, Frames
+
 STDIN = "-"
+NEED_A_NUMBER = ("linspace", "slowfast")  # which is 8 unless given
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -21,13 +26,36 @@ def check_sources(sources: Sequence[str]) -> None:
             _check_file(source, alone=len(sources) == 1)
 
 
-def check_frames(frames: int | None, fps: float | None, start: str | None, end: str | None) -> None:
-    """Raises InvalidArgument where the choice of frames makes no sense whatever the video."""
+def chosen_frames(given: Ask | Frames) -> dict[str, Any]:
+    """Which frames, as keywords of load_video, without what was not given.
+
+    Raises InvalidArgument where the choice makes no sense whatever the video.
+    """
     from vidlm.media import FramePolicy
 
-    if frames is not None and fps is not None:
-        raise InvalidArgument(f"--frames {frames} and --fps {fps:g} exclude each other; give one")
-    FramePolicy(frames, fps, None, start, end)
+    rule = given.sampling or "uniform"
+    if given.frames is not None and given.fps is not None and rule == "uniform":
+        raise InvalidArgument(
+            f"--frames {given.frames} and --fps {given.fps:g} exclude each other; give one"
+        )
+    keywords: dict[str, Any] = {
+        "num_frames": given.frames,
+        **{name: getattr(given, name) for name in ("fps", "start", "end", "sampling")},
+        "times": given.times.split(",") if given.times is not None else None,
+        "indices": _numbers(given.indices) if given.indices is not None else None,
+    }
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    FramePolicy(**{"num_frames": 8, **keywords} if rule in NEED_A_NUMBER else keywords)
+    return keywords
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError as error:
+        raise InvalidArgument(
+            f"--indices {text!r} are not numbers of frames; give them as --indices 0,25,50"
+        ) from error
 
 
 def read(source: str) -> str | bytes:
@@ -41,7 +69,7 @@ def _check_stdin() -> None:
 
 
 def _check_file(source: str, alone: bool) -> None:
-    from vidlm.media.video import opened
+    from vidlm.media.source import opened
 
     try:
         with opened(source):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vidlm.cli.options import FRAMES, Demo, Frames, Info
-from vidlm.cli.sources import check_frames, check_sources, read
+from vidlm.cli.sources import check_sources, chosen_frames, read
 from vidlm.errors import InvalidArgument
+
+SIDE = 640  # pixels of a frame kept for the sheet, which shows it smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,12 +57,11 @@ def frames(given: Frames) -> None:
     from vidlm.media import contact_sheet, load_video
     from vidlm.media.clip import clock
 
-    check_frames(given.frames, given.fps, given.start, given.end)
+    keywords = chosen_frames(given)
     check_sources([given.video])
-    count = FRAMES if given.frames is None and given.fps is None else given.frames
-    video = load_video(
-        read(given.video), num_frames=count, fps=given.fps, start=given.start, end=given.end
-    )
+    if given.sampling != "videollama3" and not keywords.keys() & {"fps", "times", "indices"}:
+        keywords = {"num_frames": FRAMES, **keywords}
+    video = load_video(read(given.video), max_side=SIDE, **keywords)
     output = given.output or Path(f"{Path(video.name).stem}_frames.png")
     _save(contact_sheet(video), output, force=given.force)
     typer.echo(f"{'frame':>8}  time", err=True)

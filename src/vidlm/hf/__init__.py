@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vidlm.hf.auto import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from vidlm.hf.conversation import FrameOptions
+from vidlm.hf.conversation import VIDEO_OPTIONS, FrameOptions
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.loading import DEMO, find
 from vidlm.hf.model import ForConditionalGeneration, LlavaForConditionalGeneration
@@ -13,6 +13,7 @@ from vidlm.models.llava import LlavaConfig
 
 __all__ = [
     "DEMO",
+    "VIDEO_OPTIONS",
     "AutoConfig",
     "AutoModelForImageTextToText",
     "AutoProcessor",

@@ -12,7 +12,11 @@ from vidlm.types import FrameRef
 
 SOURCES = ("path", "url", "video", "image")  # keys of a media part that may hold its source
 PLACE = ("type", "text", *SOURCES)
-VIDEO_OPTIONS = ("num_frames", "fps", "max_frames", "start", "end")
+VIDEO_OPTIONS = (
+    *("num_frames", "fps", "min_frames", "max_frames", "start", "end"),
+    *("sampling", "indices", "times"),
+)
+RATES = ("num_frames", "fps", "min_frames", "sampling", "indices", "times")
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,24 @@ class FrameOptions:
 
     num_frames: int | None = None
     fps: float | None = None
+    min_frames: int | None = None
     max_frames: int | None = None
     start: float | str | None = None
     end: float | str | None = None
+    sampling: str | None = None
+    indices: Sequence[int] | None = None
+    times: Sequence[float | str] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is not None, as keywords for load_video."""
+        values = {name: getattr(self, name) for name in VIDEO_OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self, default_frames: int) -> dict[str, Any]:
-        """Keywords for load_video; `default_frames` where neither a number nor a rate is given."""
-        values = {name: getattr(self, name) for name in VIDEO_OPTIONS}
-        if self.num_frames is None and self.fps is None:
+        """Keywords for load_video; `default_frames` where nothing says how many."""
+        values = self.given()
+        said = ("num_frames", "fps", "indices", "times")
+        if self.sampling != "videollama3" and not any(name in values for name in said):
             values["num_frames"] = default_frames
         return values
 
@@ -115,9 +129,11 @@ def _read_video(
             )
         video = source
     else:
-        if "num_frames" in own or "fps" in own:  # the part's own rate replaces the call's
+        if any(name in own for name in RATES):  # the part's own rule replaces the call's
             options = FrameOptions(start=options.start, end=options.end)
-        keywords = FrameOptions(**{**_given(options), **own}).to_dict(default_frames)
+        if "indices" in own or "times" in own:
+            options = FrameOptions()
+        keywords = FrameOptions(**{**options.given(), **own}).to_dict(default_frames)
         video = load_video(source, **keywords)
     refs = zip(video.indices.tolist(), video.pts.tolist(), strict=True)
     read.frames += [FrameRef(read.media, index, pts) for index, pts in refs]
@@ -126,8 +142,3 @@ def _read_video(
     parts = video_parts(video)
     read.images += [each["image"] for each in parts]
     return [{"type": "image"} for _ in parts]
-
-
-def _given(options: FrameOptions) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in VIDEO_OPTIONS}
-    return {name: value for name, value in values.items() if value is not None}

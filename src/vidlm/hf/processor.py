@@ -142,7 +142,7 @@ class ProcessorMixin:
         and end of its own. A video becomes its frames as images.
 
         Returns the text; with tokenize=True the ids, and with return_dict=True as well everything
-        `generate` takes. Keywords: num_frames, fps, max_frames, start, end for the videos;
+        `generate` takes. Keywords: num_frames, fps and the others of load_video for the videos;
         padding, padding_side, return_tensors; anything else goes to the template.
         """
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)

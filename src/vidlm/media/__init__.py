@@ -1,7 +1,8 @@
 """Bytes to frames, with numpy, PyAV and PIL only: safe to import in a worker process, no torch."""
 
+from vidlm.media.fetch import FetchPolicy
 from vidlm.media.image import is_image, load_image
-from vidlm.media.sample import FramePolicy
+from vidlm.media.policy import FramePolicy
 from vidlm.media.sheet import contact_sheet
 from vidlm.media.stills import to_rgb
 from vidlm.media.video import (
@@ -12,8 +13,11 @@ from vidlm.media.video import (
     replace_video_with_images,
     sample_frames,
 )
+from vidlm.media.worker import DecodePool
 
 __all__ = [
+    "DecodePool",
+    "FetchPolicy",
     "FramePolicy",
     "Limits",
     "Source",

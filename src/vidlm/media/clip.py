@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vidlm.errors import InvalidArgument, MediaLimitError
+from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.policy import FramePolicy, choose
 from vidlm.media.sample import Rows, Times
 
 Frames = NDArray[np.uint8]
@@ -20,8 +23,9 @@ class Video:
     """Frames of a clip and when a player shows them.
 
     frames: (F, H, W, 3) uint8 RGB, upright, in square pixels. Transparency is dropped.
-    pts: (F,) seconds, ascending, on the player's clock: 0 is the container's own start, which is
-        `start_time` in the container's time. A first frame may come later than 0.
+    pts: (F,) seconds on the player's clock: 0 is the container's own start, which is `start_time`
+        in the container's time. A first frame may come later than 0. Ascending, unless the frames
+        were asked for by number or time in another order.
     indices: (F,) the frames' numbers among the `total_frames` that a player shows, from 0.
     duration: seconds from pts 0 until the last frame of the clip leaves the screen, by the frames'
         own times, whatever the header claims.
@@ -65,11 +69,20 @@ class Video:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When each frame a player shows appears: pts (N,) seconds, and when the last one goes."""
+    """When each frame a player shows appears: pts (N,) seconds, and when the last one goes.
+
+    keys: the rows of key frames, where there are any to know.
+    """
 
     pts: Times
     stop: float
     start_time: float = 0.0
+    keys: Rows | None = None
+
+    def choose(self, policy: FramePolicy, shots: Rows | None = None) -> Rows:
+        """The rows that a policy takes; `shots` are those where one begins, if it goes by them."""
+        marks = shots if policy.sampling == "scenes" else self.keys
+        return choose(self.pts, policy, stop=self.stop, marks=marks)
 
     @property
     def fps(self) -> float:
@@ -93,13 +106,19 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Limits:
-    """Ceilings that are checked before the memory is taken.
+    """Ceilings that are checked before the memory or the time is spent.
 
-    kept_bytes: of all chosen frames together. pixels: of one frame.
+    kept_bytes: of all chosen frames together. pixels: of one frame. frames: of the whole clip.
+    duration: of the whole clip, in seconds. file_bytes: of the file. seconds: for reading it all,
+    looked at between frames (a decoder that hangs inside one needs a `DecodePool`).
     """
 
     kept_bytes: int = 4 << 30
     pixels: int = 8192 * 8192
+    frames: int = 5_000_000
+    duration: float = 48 * 3600.0
+    file_bytes: int = 64 << 30
+    seconds: float = 600.0
 
     def check(self, name: str, count: int, height: int, width: int) -> None:
         """Raises MediaLimitError where `count` frames of this size are too much."""
@@ -117,8 +136,70 @@ class Limits:
                 f"max_frames (at most {fit}), a smaller fps, or a shorter start..end"
             )
 
+    def check_length(self, name: str, frames: int, duration: float) -> None:
+        """Raises MediaLimitError where a clip is too long."""
+        if frames > self.frames:
+            raise MediaLimitError(
+                f"{name}: more than the limit of {self.frames} frames; cut it into parts, or "
+                "raise Limits.frames"
+            )
+        if duration > self.duration:
+            raise MediaLimitError(
+                f"{name}: {duration:.0f} s long, the limit is {self.duration:g} s; cut it into "
+                "parts, or raise Limits.duration"
+            )
+
+    def check_file(self, name: str, size: int) -> None:
+        """Raises MediaLimitError where a file is too large."""
+        if size > self.file_bytes:
+            raise MediaLimitError(
+                f"{name}: {size} bytes, the limit is {self.file_bytes}; send a smaller file, or "
+                "raise Limits.file_bytes"
+            )
+
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read: see `load_video`."""
+
+    policy: FramePolicy
+    limits: Limits = DEFAULT_LIMITS
+    on_error: str = "warn"
+    max_side: int | None = None
+    access: FetchPolicy = DEFAULT_POLICY
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("warn", "raise"):
+            raise InvalidArgument(f"on_error={self.on_error!r}; allowed: 'warn', 'raise'")
+        if self.max_side is not None and not 1 <= self.max_side:
+            raise InvalidArgument(f"max_side={self.max_side!r} pixels; give 1 or more, or None")
+
+    def scale(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which a picture of this size is kept: never larger than it is."""
+        longest = max(height, width)
+        if self.max_side is None or longest <= self.max_side:
+            return height, width
+        return tuple(max(round(side * self.max_side / longest), 1) for side in (height, width))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When reading a file must be done; begins when it is made."""
+
+    name: str
+    seconds: float
+    began: float = field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Raises MediaLimitError afterwards."""
+        if time.monotonic() - self.began > self.seconds:
+            raise MediaLimitError(
+                f"{self.name}: not read within the limit of {self.seconds:g} s; take a shorter "
+                "start..end, or raise Limits.seconds"
+            )
 
 
 def clock(seconds: float) -> str:

@@ -1,13 +1,15 @@
-"""A video file: list what a player shows, choose, decode once up to the last one, keep the chosen.
+"""A video file: list what a player shows, choose, decode what that takes, keep the chosen frames.
 
-Frames are told by their presentation stamps, so that a packet lost on the way shifts nothing.
-Where the decoder contradicts the list without an error (fields, pictures never shown, stamps in
-decoding order, none at all) the frames are counted as they come out, and read by count.
+Where few frames are wanted, the decoder begins at the key frame before each and skips the rest.
+Frames are told by their presentation stamps, so that a packet lost on the way shifts nothing; what
+contradicts the list (fields, pictures never shown, stamps in decoding order, a seek that lands
+elsewhere) is noticed, and a slower and surer way is taken, in the end counting what comes out.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,89 +19,187 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from vidlm.errors import MediaError
-from vidlm.media.clip import Frames, Limits, Video, clock
-from vidlm.media.container import Index, decoded, hint, list_frames, list_packets, opened
-from vidlm.media.picture import Painter, resized
-from vidlm.media.sample import FramePolicy, Rows, Times, choose
+from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
+from vidlm.media.container import Reader, hint, opened
+from vidlm.media.listing import Index, list_frames, list_packets, list_table
+from vidlm.media.picture import Painter, resized, thumbnail
+from vidlm.media.sample import Rows, Times, between
+from vidlm.media.scene import Shots
 
 log = logging.getLogger(__name__)
 
+# Frames between two wanted ones that are decoded rather than skipped: a seek costs about as much.
+_SEEK_COST = 12
 
-def read(file: BinaryIO, name: str, policy: FramePolicy, limits: Limits) -> Video:
-    """The frames of a seekable binary file that `policy` chooses. The file is left open.
+
+class _Astray(Exception):
+    """The decoder contradicts the index, or a seek did not arrive."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """What is read, how, and until when."""
+
+    file: BinaryIO
+    name: str
+    options: ReadOptions
+    deadline: Deadline
+
+
+def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
+    """The chosen frames of a seekable binary file, which is left open.
 
     Raises MediaError where there is no video to read, MediaLimitError before memory is taken.
     """
-    with opened(file, name, limits) as stream:
-        index = list_packets(stream, name)
-    video = _take(file, name, index, policy, limits) if index else None
-    if video is None:
-        with opened(file, name, limits) as stream:
-            index = list_frames(stream, name)
-        video = _take(file, name, index, policy, limits)
-    assert video is not None  # a frame that is counted cannot go astray
-    for warning in video.warnings:
-        log.warning("%s: %s", name, warning)
-    return video
+    source = _File(file, name, options, Deadline(name, options.limits.seconds))
+    for lister in (list_table, list_packets, list_frames):
+        with opened(file, name, options.limits, source.deadline) as reader:
+            index = lister(reader, file)
+            video = _chosen(source, index, reader) if index is not None else None
+        if video is None and index is not None:  # the same from the beginning, without seeking
+            video = _chosen(source, index, None)
+        if video is not None:
+            for warning in video.warnings:
+                log.warning("%s: %s", name, warning)
+            return video
+    raise AssertionError("a frame that is counted cannot go astray")
 
 
-def _take(
-    file: BinaryIO, name: str, index: Index, policy: FramePolicy, limits: Limits
-) -> Video | None:
-    """The chosen frames; None where the decoder contradicts the index without an error."""
-    timeline = index.timeline
-    rows = choose(timeline.pts, policy, stop=timeline.stop)
-    faults: list[str] = []
-    with opened(file, name, limits) as stream:
-        painter = Painter(stream.sample_aspect_ratio)
-        size = stream.codec_context.height, painter.width(stream.codec_context.width)
-        limits.check(name, len(rows), *size)
-        walk, kept = _Walk(index), _Kept(painter, rows, limits, name)
-        with closing(decoded(stream, faults)) as frames:  # before its container is
-            for frame in frames:
-                row = walk.step(frame)
-                if walk.astray:
-                    return None
-                kept.offer(row, frame)
-                if not kept.wanted:
-                    break
-    if index.stamps is not None and not faults and (walk.skipped or kept.wanted):
+def _chosen(source: _File, index: Index, reader: Reader | None) -> Video | None:
+    """The frames a policy takes, through a reader that can seek, or from the beginning."""
+    if reader is not None and index.stamps is None:
         return None
+    policy, timeline = source.options.policy, index.timeline
+    try:
+        shots = None
+        if policy.sampling == "scenes":
+            shots = _shots(source, index, reader)
+        return _take(source, index, timeline.choose(policy, shots), reader)
+    except _Astray:
+        return None
+
+
+def _shots(source: _File, index: Index, reader: Reader | None) -> Rows:
+    """The rows where a shot begins, of those that the policy's window has."""
+    timeline = index.timeline
+    first, last = between(timeline.pts, *source.options.policy.window, stop=timeline.stop)
+    shots = Shots(timeline.fps)
+    for row, frame in _walk(source, index, np.arange(first, last), reader, _Trail()):
+        shots.see(row, thumbnail(frame))
+    return shots.starts()
+
+
+def _take(source: _File, index: Index, rows: Rows, reader: Reader | None) -> Video:
+    options, timeline = source.options, index.timeline
+    unique, places = np.unique(rows, return_inverse=True)
+    trail, kept = _Trail(), _Kept(unique, source, Painter(index.pixel_aspect, options.scale))
+    for row, frame in _walk(source, index, unique, reader, trail):
+        kept.offer(row, frame)
+    faults = trail.faults
+    if index.stamps is not None and not faults and (trail.skipped or kept.wanted):
+        raise _Astray
     if kept.frames is None:
         raise MediaError(
-            f"{name}: none of the {len(rows)} chosen frames could be decoded{hint(faults)}; "
-            "choose other ones, or get an undamaged file"
+            f"{source.name}: none of the {len(unique)} chosen frames could be decoded"
+            f"{hint(faults)}; choose other ones, or get an undamaged file"
+        )
+    losses = (*index.losses, *kept.losses(timeline.pts), *_refused(faults))
+    if losses and options.on_error == "raise":
+        raise MediaError(
+            f"{source.name}: {'; '.join(losses)}; get an undamaged file, or take what is left of "
+            "it with on_error='warn'"
         )
     have = np.array([row not in kept.wanted for row in rows.tolist()])
-    warnings = (*index.warnings, *kept.warnings(timeline.pts), *_refused(faults))
-    pictures = kept.frames if have.all() else kept.frames[have]
-    return timeline.video(pictures, rows[have], name, warnings)
+    pictures = kept.frames
+    if not have.all() or not np.array_equal(unique, rows):
+        pictures = pictures[places[have]]
+    return timeline.video(pictures, rows[have], source.name, (*losses, *index.notes, *kept.notes()))
 
 
-@dataclass(eq=False)
-class _Walk:
-    """Tells which row each decoded frame is, and whether that follows the index."""
+# ---- walking ---------------------------------------------------------------------------------
 
-    index: Index
-    next: int = 0
+
+@dataclass
+class _Trail:
+    """What a walk met: frames that the index has and the decoder did not give, and faults."""
+
     skipped: bool = False
-    astray: bool = False
+    faults: Sequence[str] = ()
 
-    def step(self, frame: VideoFrame) -> int:
-        row = self.next if self.index.stamps is None else self.index.row(frame.pts)
-        if row is None or row < self.next:
-            self.astray = True
-            return -1
-        self.skipped = self.skipped or row > self.next
-        self.next = row + 1
-        return row
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows to decode in one go: up to `last`, from the key frame in row `key` or, where that is
+    None, from the beginning."""
+
+    key: int | None
+    last: int
+
+
+def _walk(
+    source: _File, index: Index, rows: Rows, reader: Reader | None, trail: _Trail
+) -> Generator[tuple[int, VideoFrame], None, None]:
+    """At least the frames of `rows` (ascending), each with its row, and what lies between.
+
+    Raises _Astray where the decoder contradicts the index.
+    """
+    if reader is not None:
+        trail.faults = reader.faults = []
+        for span in _spans(index, rows, fresh=reader.fresh):
+            yield from _walk_span(index, span, reader, trail)
+        return
+    with opened(source.file, source.name, source.options.limits, source.deadline) as own:
+        trail.faults = own.faults
+        yield from _walk_span(index, _Span(None, int(rows[-1])), own, trail)
+
+
+def _spans(index: Index, rows: Rows, *, fresh: bool) -> list[_Span]:
+    """Where to seek to. A fresh reader stands at the beginning already."""
+    keys = index.timeline.keys
+    assert keys is not None
+    spans: list[_Span] = [_Span(None, -1)] if fresh else []
+    before = np.searchsorted(keys, rows, side="right") - 1
+    for row, place in zip(rows.tolist(), before.tolist(), strict=True):
+        key = int(keys[place]) if place >= 0 else 0
+        if spans and key - spans[-1].last <= _SEEK_COST:
+            spans[-1] = _Span(spans[-1].key, row)
+        else:
+            spans.append(_Span(key, row))
+    return [span for span in spans if span.last >= 0]
+
+
+def _walk_span(
+    index: Index, span: _Span, reader: Reader, trail: _Trail
+) -> Generator[tuple[int, VideoFrame], None, None]:
+    if span.key is not None:
+        assert index.stamps is not None
+        if not reader.seek(int(index.stamps[span.key])):
+            raise _Astray
+    start = span.key or 0
+    awaited = start
+    with closing(reader.decoded()) as frames:  # before its container is
+        for frame in frames:
+            row = awaited if index.stamps is None else index.row(frame.pts)
+            if row is not None and row < start:  # behind a seek: of the shot before
+                continue
+            if row is None or row < awaited:
+                raise _Astray
+            trail.skipped = trail.skipped or row > awaited
+            awaited = row + 1
+            yield row, frame
+            if row >= span.last:
+                return
+
+
+# ---- keeping ---------------------------------------------------------------------------------
 
 
 class _Kept:
     """The chosen frames, each painted into its place as it comes."""
 
-    def __init__(self, painter: Painter, rows: Rows, limits: Limits, name: str) -> None:
-        self._painter, self._rows, self._limits, self._name = painter, rows, limits, name
+    def __init__(self, rows: Rows, source: _File, painter: Painter) -> None:
+        self._rows, self._limits, self._name = rows, source.options.limits, source.name
+        self._painter = painter
         self._damaged: list[int] = []
         self._resized: list[int] = []
         self.wanted = {int(row): place for place, row in enumerate(rows)}  # not yet seen
@@ -109,12 +209,11 @@ class _Kept:
         place = self.wanted.pop(row, None)
         if place is None:
             return
-        self._limits.check(self._name, 1, frame.height, self._painter.width(frame.width))
+        self._limits.check(self._name, 1, frame.height, frame.width)
+        self._limits.check(self._name, len(self._rows), *self._painter.size(frame))
         picture = self._paint(frame)
-        height, width, _ = picture.shape
-        if self.frames is None:  # rotation and the true size are known only now
-            self._limits.check(self._name, len(self._rows), height, width)
-            self.frames = np.empty((len(self._rows), height, width, 3), np.uint8)
+        if self.frames is None:  # which way up it is, is known only now
+            self.frames = np.empty((len(self._rows), *picture.shape), np.uint8)
         if picture.shape != self.frames.shape[1:]:
             self._resized.append(row)
             picture = resized(picture, *self.frames.shape[1:3])
@@ -131,19 +230,26 @@ class _Kept:
                 f"cannot be turned into RGB ({error}); convert the file to yuv420p"
             ) from error
 
-    def warnings(self, pts: Times) -> list[str]:
-        def say(rows: list[int], what: str) -> list[str]:
-            times = ", ".join(clock(float(pts[row])) for row in rows[:8])
-            more = " ..." if len(rows) > 8 else ""
-            chosen = f"{len(rows)} of the {len(self._rows)} chosen frames"
-            return [f"{chosen} {what}, at {times}{more}"] if rows else []
-
+    def losses(self, pts: Times) -> list[str]:
+        """What could not be decoded, or not wholly."""
         return [
-            *say(sorted(self.wanted), "could not be decoded and are left out"),
-            *say(self._damaged, "are damaged: the decoder guessed parts of them"),
-            *say(self._resized, "have another size than the first and were scaled to it"),
+            *self._say(sorted(self.wanted), "could not be decoded and are left out", pts),
+            *self._say(self._damaged, "are damaged: the decoder guessed parts of them", pts),
         ]
 
+    def notes(self) -> list[str]:
+        """What was changed."""
+        if not self._resized:
+            return []
+        chosen = f"{len(self._resized)} of the {len(self._rows)} chosen frames"
+        return [f"{chosen} have another size than the first and were scaled to it"]
 
-def _refused(faults: list[str]) -> list[str]:
+    def _say(self, rows: list[int], what: str, pts: Times) -> list[str]:
+        times = ", ".join(clock(float(pts[row])) for row in rows[:8])
+        more = " ..." if len(rows) > 8 else ""
+        chosen = f"{len(rows)} of the {len(self._rows)} chosen frames"
+        return [f"{chosen} {what}, at {times}{more}"] if rows else []
+
+
+def _refused(faults: Sequence[str]) -> list[str]:
     return [f"the decoder refused {len(faults)} packets{hint(faults)}"] if faults else []

@@ -1,298 +1,288 @@
-"""URL -> bytes, and every limit on the way: size, time, redirects, and where one may connect.
+"""URL -> bytes, and the rules on the way: how much, how long, from which hosts and folders.
 
-A name is resolved once, its addresses are checked, and the connection is made to a checked address:
-a name that answers differently the second time gains nothing. Each redirect is checked likewise.
+`FetchPolicy` holds every rule. docs/fetch.md explains them to users; http.py makes the connection.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import http.client
-import io
-import ipaddress
-import socket
-import ssl
+import os
+import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Timer
-from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
-from vidlm.errors import MediaFetchError, MediaLimitError, MediaNotFound
+from vidlm.errors import InvalidArgument, MediaFetchError, MediaNotFound
+from vidlm.media.cache import MediaCache
+from vidlm.media.http import (
+    Answer,
+    Connection,
+    Target,
+    addresses,
+    get,
+    host_name,
+    parse,
+    plain,
+    refuse_unprintable,
+    too_large,
+)
 
 MAX_BYTES = 512 * 2**20
-_MAX_REDIRECTS = 3
-_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_TIMEOUT = 86_400.0
 _CHUNK = 1 << 16
-# What a URL may keep as it is; the rest is percent-encoded, as browsers do.
-_SAFE = "/%:;=@!$&'()*+,~?-._[]|"
-
-# IPv6 addresses that carry an IPv4 address, which is where a gateway would connect (RFC 6052).
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_HEADER = 4096  # of a data URL; its type and parameters are far shorter
 
 
-def fetch(
-    url: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    timeout: float = 30.0,
-    allow_private: bool = False,
-) -> bytes:
-    """The bytes behind an http, https, file or data URL.
+@dataclass(frozen=True, kw_only=True)
+class FetchPolicy:
+    """What may be fetched, from where, and how much of it.
 
-    timeout: seconds for the whole transfer, redirects included (name resolution has its own).
+    max_bytes: of one file, however it comes.
+    timeout: seconds for a whole transfer, redirects included (name resolution has its own).
     allow_private: also connect to addresses that are not on the public internet (loopback,
         private, link-local). Proxies from the environment are not used.
+    max_redirects: how many are followed; each is checked like the first address.
+    hosts: None for any, else the only names to connect to: "example.org" is that name alone,
+        "*.example.org" what ends in it.
+    folders: None for any, else the only folders to read local files from, symbolic links resolved;
+        () for no local file at all. A server sets this: it reads with its own rights, for others.
+    max_url: characters of an http, https or file URL. A data URL is bounded by max_bytes.
+    cache: where to keep downloads; their servers are asked before one is used again.
 
-    Raises MediaLimitError above max_bytes, MediaNotFound for a file that is not there, and
-    MediaFetchError for everything else, naming the host but never a path or query.
+    Raises InvalidArgument for a value that makes no sense.
     """
-    scheme = url.partition(":")[0].lower()
+
+    max_bytes: int = MAX_BYTES
+    timeout: float = 30.0
+    allow_private: bool = False
+    max_redirects: int = 3
+    hosts: tuple[str, ...] | None = None
+    folders: tuple[str | Path, ...] | None = None
+    max_url: int = 8192
+    cache: MediaCache | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_redirects", "max_url"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(f"{name}={getattr(self, name)}; give 0 or more")
+        if not 0 < self.timeout <= _MAX_TIMEOUT:
+            raise InvalidArgument(
+                f"timeout={self.timeout}; give seconds above 0, at most {_MAX_TIMEOUT:.0f}"
+            )
+        for name in ("hosts", "folders"):
+            if isinstance(getattr(self, name), str | Path):  # its letters would be the entries
+                raise InvalidArgument(f"{name} is one {name[:-1]}; give a tuple, or None for any")
+        if self.hosts is not None:
+            object.__setattr__(self, "hosts", tuple(map(_host_rule, self.hosts)))
+        if self.folders is not None:
+            object.__setattr__(self, "folders", tuple(map(_real_folder, self.folders)))
+
+
+def _host_rule(entry: str) -> str:
+    star = "*." if entry.startswith("*.") else ""
+    try:
+        return star + host_name(entry.removeprefix(star).strip("[]"))
+    except ValueError as error:
+        raise InvalidArgument(
+            f"hosts: {entry!r} is no host name ({error}); give names without scheme, port or path: "
+            "'example.org', '*.example.org'; or hosts=None for any"
+        ) from error
+
+
+def _real_folder(folder: str | Path) -> Path:
+    real = Path(os.path.realpath(folder))
+    if not real.is_dir():
+        raise InvalidArgument(f"folders: {str(folder)!r} is no folder; make it, or leave it out")
+    return real
+
+
+DEFAULT_POLICY = FetchPolicy()
+
+
+def fetch(url: str, *, policy: FetchPolicy = DEFAULT_POLICY) -> bytes:
+    """The bytes behind an http, https, file or data URL.
+
+    Raises MediaLimitError above policy.max_bytes, MediaNotFound for a file that is not there, and
+    MediaFetchError for everything else, naming the host but never a path or query of the web.
+    """
+    scheme = url[:6].partition(":")[0].lower()
     if scheme == "data":
-        return _from_data(url, max_bytes)
+        return _from_data(url, policy.max_bytes)
+    if scheme not in ("http", "https", "file"):
+        raise MediaFetchError(
+            f"a URL that begins {plain(url[:12].partition(':')[0])!r} is not fetched; give "
+            "http://, https://, file:// or data:"
+        )
+    _check_length(url, policy)
     if scheme == "file":
-        return _from_file(local_path(url), max_bytes)
-    if scheme in ("http", "https"):
-        return _from_web(url, max_bytes, time.monotonic() + timeout, allow_private)
-    raise MediaFetchError(
-        f"a URL that begins {url[:12]!r} is not fetched; give http://, https://, file:// or data:"
-    )
+        return _from_file(check_local(local_path(url), policy), policy.max_bytes)
+    return _from_web(url, policy)
+
+
+def _check_length(url: str, policy: FetchPolicy) -> None:
+    if len(url) > policy.max_url:
+        raise MediaFetchError(
+            f"a URL of {len(url)} characters, at most {policy.max_url} are taken; give a shorter "
+            "one, or raise max_url"
+        )
+
+
+# ---- this machine's files --------------------------------------------------------------------
 
 
 def local_path(url: str) -> Path:
-    """The path that a file URL of this machine names."""
-    parts = urlsplit(url)
+    """The path that a file URL of this machine names. Whether it may be read: `check_local`."""
+    refuse_unprintable(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise MediaFetchError(
+            "a file URL that makes no sense; give file:///path/to/video.mp4"
+        ) from None
     if parts.netloc not in ("", "localhost"):
         raise MediaFetchError(
-            f"a file URL of host {parts.netloc!r}; only this machine's files are read: "
-            "file:///path/to/video.mp4"
+            f"a file URL of host {plain(parts.hostname or '')!r}; only this machine's files are "
+            "read: file:///path/to/video.mp4"
         )
-    path = unquote(parts.path)
+    path = os.fsdecode(unquote_to_bytes(parts.path))  # as Path.as_uri writes it
     if not path or "\0" in path:
         raise MediaFetchError("a file URL without a usable path; give file:///path/to/video.mp4")
     return Path(path)
 
 
+def check_local(path: str | Path, policy: FetchPolicy) -> Path:
+    """The path to open for a local file that the policy lets read, symbolic links resolved.
+
+    Raises MediaFetchError for any other, the same whether it exists or not.
+    """
+    if policy.folders is None:
+        return Path(path)
+    if not policy.folders:
+        raise MediaFetchError(
+            "local files are not read here; send the file itself (data:video/mp4;base64,...), or "
+            "an https:// address"
+        )
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError):  # a null byte, a lone surrogate
+        real = None
+    if real is None or not any(real.is_relative_to(folder) for folder in policy.folders):
+        raise MediaFetchError(
+            "a local file outside the folders that may be read; put it into one of them "
+            f"({', '.join(map(str, policy.folders))}), or send the file itself"
+        )
+    return real
+
+
 def _from_file(path: Path, max_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a device may never end
+                raise MediaFetchError(
+                    f"{path} is no regular file; read it yourself, give its bytes"
+                )
             data = file.read(max_bytes + 1)
     except FileNotFoundError as error:
         raise MediaNotFound(f"{path}: there is no such file; check the file URL") from error
     except OSError as error:
         raise MediaFetchError(f"{path}: cannot be read ({error.strerror}); check it") from error
-    return _within(data, max_bytes, str(path))
-
-
-def _from_data(url: str, max_bytes: int) -> bytes:
-    header, comma, payload = url.partition(",")
-    if not comma:
-        raise MediaFetchError("a data URL without a comma; give data:video/mp4;base64,AAAA...")
-    if not header.lower().endswith(";base64"):
-        return _within(unquote_to_bytes(payload), max_bytes, "data URL")
-    try:
-        text = (unquote(payload) if "%" in payload else payload).encode("ascii")
-        text = text.translate(None, b" \t\r\n").rstrip(b"=")
-        # Four characters hold three bytes; refuse before decoding makes a second copy.
-        if len(text) * 3 // 4 > max_bytes:
-            raise _too_large("data URL", max_bytes)
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, UnicodeError) as error:
-        raise MediaFetchError(
-            f"a data URL whose base64 is damaged ({error}); encode the file's bytes with "
-            "base64.b64encode, and send all of it"
-        ) from error
-
-
-def _within(data: bytes, max_bytes: int, name: str) -> bytes:
     if len(data) > max_bytes:
-        raise _too_large(name, max_bytes)
+        raise too_large(str(path), max_bytes)
     return data
 
 
-def _too_large(name: str, max_bytes: int) -> MediaLimitError:
-    return MediaLimitError(
-        f"{name}: more than the limit of {max_bytes} bytes; send a shorter or smaller clip, or "
-        "raise max_bytes"
-    )
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a pipe without waiting for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+# ---- data URLs -------------------------------------------------------------------------------
+
+
+def _from_data(url: str, max_bytes: int) -> bytes:
+    # A byte is at most four characters (base64, percent-encoded): measured before any copy is made.
+    if len(url) > 4 * max_bytes + _HEADER:
+        raise too_large("data URL", max_bytes)
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise MediaFetchError("a data URL without a comma; give data:video/mp4;base64,AAAA...")
+    try:
+        data = b"".join(_unescaped(payload)) if "%" in payload else payload.encode()
+        if header.lower().endswith(";base64"):
+            data = data.translate(None, b" \t\r\n").rstrip(b"=")
+            # Four characters hold three bytes; refuse before decoding makes a second copy.
+            if len(data) * 3 // 4 > max_bytes:
+                raise too_large("data URL", max_bytes)
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, UnicodeError) as error:
+        raise MediaFetchError(
+            f"a data URL that is damaged ({plain(str(error))}); encode the file's bytes with "
+            "base64.b64encode, and send all of it"
+        ) from error
+    if len(data) > max_bytes:
+        raise too_large("data URL", max_bytes)
+    return data
+
+
+def _unescaped(text: str) -> Iterator[bytes]:
+    """Percent-decoding, piece by piece: unquote_to_bytes takes 50 bytes of memory for every one."""
+    at = 0
+    while at < len(text):
+        piece = text[at : at + _CHUNK]
+        cut = piece.rfind("%", len(piece) - 2)  # an escape is not cut in two
+        if cut > 0 and at + len(piece) < len(text):
+            piece = piece[:cut]
+        at += len(piece)
+        yield unquote_to_bytes(piece)
 
 
 # ---- the web ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where one request goes."""
-
-    url: str
-    host: str
-    port: int
-    secure: bool
-    path: str
-
-
-def _from_web(url: str, max_bytes: int, deadline: float, allow_private: bool) -> bytes:
-    target = _target("", url)
-    for _ in range(_MAX_REDIRECTS + 1):
-        connection = _Connection(target, _addresses(target, allow_private), deadline)
-        location, body = _get(connection, max_bytes)
-        if location is None:
-            return body
-        target = _target(target.url, location)
+def _from_web(url: str, policy: FetchPolicy) -> bytes:
+    deadline = time.monotonic() + policy.timeout
+    target = parse("", url)
+    for _ in range(policy.max_redirects + 1):
+        answer = _ask(target, policy, deadline)
+        if answer.body is not None:
+            return answer.body
+        _check_length(location := answer.location or "", policy)
+        target = parse(target.url, location)
     raise MediaFetchError(
-        f"{target.host}: more than {_MAX_REDIRECTS} redirects; give the address they end at"
+        f"{target.host}: more than {policy.max_redirects} redirects; give the address they end at"
     )
 
 
-def _target(base: str, url: str) -> _Target:
-    try:
-        url = urljoin(base, url)
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise MediaFetchError(f"a URL that makes no sense ({error}); check it") from error
-    if parts.scheme not in ("http", "https"):
-        raise MediaFetchError(
-            f"a redirect to {parts.scheme}: is not followed; give an http:// or https:// address"
-        )
-    if not host:
-        raise MediaFetchError("a URL without a host; give https://host/path")
-    if parts.username or parts.password:
-        raise MediaFetchError(
-            f"{host}: a URL with a user name or password is not fetched; download it yourself"
-        )
-    secure = parts.scheme == "https"
-    path = quote(parts.path or "/", safe=_SAFE)
-    if parts.query:
-        path += "?" + quote(parts.query, safe=_SAFE)
-    return _Target(url, host, port or (443 if secure else 80), secure, path)
+def _ask(target: Target, policy: FetchPolicy, deadline: float) -> Answer:
+    """A place to go on to, or a body: new, or kept from last time and confirmed by the server."""
+    _check_host(target.host, policy)  # before its name is looked up, which is a message too
+    where = addresses(target, policy.allow_private)
+    cache = policy.cache
+    if cache and (entry := cache.find(target.url)) and entry.size <= policy.max_bytes:
+        connection = Connection(target, where, deadline)
+        answer = get(connection, policy.max_bytes, entry.condition())
+        if answer == Answer():
+            answer = Answer(body=cache.read(entry))
+            if answer.body is not None:
+                return answer
+            answer = get(Connection(target, where, deadline), policy.max_bytes, {})
+    else:
+        answer = get(Connection(target, where, deadline), policy.max_bytes, {})
+    if cache and answer.body is not None:
+        cache.store(target.url, answer.body, answer.etag, answer.modified)
+    return answer
 
 
-def _addresses(target: _Target, allow_private: bool) -> list[str]:
-    """The addresses of a host, all of them public unless others are allowed."""
-    try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise MediaFetchError(
-            f"{target.host}: the name cannot be resolved ({error}); check it and the network"
-        ) from error
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if not allow_private and not all(is_public(address) for address in addresses):
-        raise MediaFetchError(  # without the address, which may tell about the inside of a network
-            f"{target.host} is not on the public internet and is not fetched; send the file "
-            "itself, or call fetch(..., allow_private=True) where that is meant"
-        )
-    return addresses
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address, and any IPv4 address inside it, is on the public internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip.is_site_local:
-            return False
-    return ip.is_global and not ip.is_multicast
-
-
-class _Connection(http.client.HTTPConnection):
-    """One request to an address that was checked, with the name in Host and in TLS."""
-
-    def __init__(self, target: _Target, addresses: list[str], deadline: float) -> None:
-        super().__init__(target.host, target.port)
-        self.default_port = 443 if target.secure else 80  # not repeated in the Host header
-        self.target, self.addresses, self.deadline = target, addresses, deadline
-        self.expired = False
-        self.wire: socket.socket | None = None  # http.client drops its own before the body is read
-
-    def remaining(self) -> float:
-        return max(self.deadline - time.monotonic(), 0.001)
-
-    def connect(self) -> None:
-        self.wire = self._dial()
-        self.wire.settimeout(self.remaining())
-        if self.target.secure:
-            secured = ssl.create_default_context().wrap_socket(
-                self.wire, server_hostname=self.target.host, do_handshake_on_connect=False
-            )
-            self.wire = secured
-            secured.do_handshake()
-        self.sock = self.wire
-
-    def _dial(self) -> socket.socket:
-        for left in range(len(self.addresses), 0, -1):
-            where = self.addresses[-left], self.target.port
-            try:
-                return socket.create_connection(where, self.remaining() / left)
-            except OSError:
-                if left == 1:
-                    raise
-        raise OSError("the name has no address")
-
-    def abort(self) -> None:
-        """Ends all waiting on the connection: a socket's timeout bounds one read, not the sum."""
-        self.expired = True
-        if self.wire is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(self.wire, socket.SHUT_RDWR)  # without TLS's own goodbye
-
-
-def _get(connection: _Connection, max_bytes: int) -> tuple[str | None, bytes]:
-    """Where the answer redirects to, or None and its body."""
-    target = connection.target
-    watch = Timer(connection.remaining(), connection.abort)
-    watch.daemon = True
-    watch.start()
-    headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "vidlm"}
-    problem: Exception | None = None
-    try:
-        connection.request("GET", target.path, headers=headers)
-        with connection.getresponse() as response:
-            if response.status in _REDIRECTS:
-                return response.headers.get("Location", ""), b""
-            body = _body(response, target.host, max_bytes)
-        if not connection.expired:
-            return None, body
-    except (OSError, http.client.HTTPException) as error:
-        problem = error
-    finally:
-        watch.cancel()
-        connection.close()
-        if connection.wire is not None:
-            connection.wire.close()
-    if connection.expired or isinstance(problem, TimeoutError):
-        raise MediaFetchError(
-            f"{target.host}: not done within the time limit; try again, raise timeout, or "
-            "download it yourself"
-        ) from problem
+def _check_host(host: str, policy: FetchPolicy) -> None:
+    rules = policy.hosts
+    if rules is None or any(
+        host.endswith(rule[1:]) if rule.startswith("*.") else host == rule for rule in rules
+    ):
+        return
     raise MediaFetchError(
-        f"{target.host}: the transfer failed ({problem}); check the address, or try again"
-    ) from problem
-
-
-def _body(response: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
-    if response.status != 200:
-        raise MediaFetchError(
-            f"{host} answered {response.status} {response.reason}; check the address and whether "
-            "it needs a login"
-        )
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise MediaFetchError(f"{host} sent the file {encoding}-encoded; download it yourself")
-    announced = response.length
-    if announced is not None and announced > max_bytes:  # a hint; what arrives is counted below
-        raise _too_large(host, max_bytes)
-    data = io.BytesIO()
-    while chunk := response.read1(_CHUNK):
-        data.write(chunk)
-        if data.tell() > max_bytes:
-            raise _too_large(host, max_bytes)
-    if announced is not None and data.tell() < announced:
-        raise http.client.IncompleteRead(b"", announced - data.tell())
-    return data.getvalue()
+        f"{host} is not among the hosts to fetch from ({', '.join(rules) or 'none'}); send the "
+        "file itself, or add the host to FetchPolicy(hosts=...)"
+    )

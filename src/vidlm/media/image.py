@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vidlm.media.clip import DEFAULT_LIMITS, Limits
+from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.source import Source, opened
 from vidlm.media.stills import reading, to_rgb
-from vidlm.media.video import Source, opened
 
 # What a name must end with to be taken for a still image. GIF, PNG and WebP may be animated, but
 # an animated PNG is rare: it is a video only where the caller says so.
@@ -27,7 +28,12 @@ def is_image(source: str | Path) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+def load_image(
+    source: Source | Image.Image,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    access: FetchPolicy = DEFAULT_POLICY,
+) -> Image.Image:
     """An RGB image from a path, URL, bytes, binary file, PIL image or uint8 array (H, W, 3).
 
     EXIF orientation is applied to files; what is transparent becomes white. Raises MediaNotFound,
@@ -37,7 +43,7 @@ def load_image(source: Source | Image.Image, *, limits: Limits = DEFAULT_LIMITS)
         return to_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    with opened(source) as (file, name), reading(name), Image.open(file) as image:
+    with opened(source, access) as (file, name), reading(name), Image.open(file) as image:
         limits.check(name, 1, image.height, image.width)
         return to_rgb(ImageOps.exif_transpose(image))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import cast
 
@@ -11,10 +11,13 @@ import numpy as np
 from av.filter import Graph
 from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
 from PIL import Image
 
 from vidlm.media.clip import Frames
+from vidlm.media.scene import SIDE
 
+Scale = Callable[[int, int], tuple[int, int]]
 # (a, b, c, d) of a display matrix: x' = ax + cy, y' = bx + dy, with y downwards.
 Matrix = tuple[int, int, int, int]
 _QUARTER_TURNS: tuple[Matrix, ...] = (  # counterclockwise
@@ -35,14 +38,17 @@ class Painter:
     from that by up to 130 levels at the edges of 10-bit and interlaced pictures.)
     """
 
-    def __init__(self, pixel_aspect: Fraction | None) -> None:
+    def __init__(self, pixel_aspect: Fraction | None, scale: Scale | None = None) -> None:
+        """`scale` tells at which (height, width) a picture of a size is kept; None: as it is."""
         self._aspect = pixel_aspect or Fraction(1)
+        self._scale = scale
         self._kind: tuple[object, ...] = ()
         self._graph: Graph | None = None
 
-    def width(self, stored: int) -> int:
-        """The width in square pixels of a stored one, before any rotation."""
-        return max(round(stored * self._aspect), 1)
+    def size(self, frame: VideoFrame) -> tuple[int, int]:
+        """Height and width in square pixels of what `paint` makes of a frame, before rotation."""
+        size = frame.height, max(round(frame.width * self._aspect), 1)
+        return self._scale(*size) if self._scale is not None else size
 
     def paint(self, frame: VideoFrame) -> Frames:
         """(H, W, 3) uint8."""
@@ -67,7 +73,8 @@ class Painter:
             colorspace=str(int(frame.colorspace)),
             range=str(int(frame.color_range)),
         )
-        scale = graph.add("scale", f"{self.width(frame.width)}:{frame.height}:flags=bicubic")
+        height, width = self.size(frame)
+        scale = graph.add("scale", f"{width}:{height}:flags=bicubic")
         graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink"))
         graph.configure()
         return graph
@@ -101,3 +108,9 @@ def resized(picture: Frames, height: int, width: int) -> Frames:
     """Scaled to a size, for the odd frame that has another one than its clip."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def thumbnail(frame: VideoFrame) -> Frames:
+    """(32, 32, 3) of a decoded frame, squashed: enough to tell one shot from the next."""
+    small = frame.reformat(SIDE, SIDE, "rgb24", interpolation=Interpolation.AREA, threads=1)
+    return cast(Frames, small.to_ndarray())

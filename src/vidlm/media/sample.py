@@ -1,15 +1,12 @@
-"""Which frames to take: pure functions from presentation times to row numbers.
+"""The arithmetic of frame choice: pure functions from presentation times to row numbers.
 
-`FramePolicy` says how many and from where, checked when it is made; `choose` applies it. No array
-here grows with a number that a caller picks (a rate, a count): each is at most as long as the clip.
+`policy.py` says which of them applies. No array here grows with a number that a caller picks, but
+for `repeated_linspace`: each is at most as long as the clip.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-import re
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,72 +22,6 @@ _STAMP_ROUNDING = 1e-3 + 1e-6
 # Beyond any clip's, so that times multiplied or divided by a rate stay finite.
 _SLOWEST, _FASTEST = 1e-9, 1e6
 
-_PART = r"[0-5]?\d"
-_CLOCK = re.compile(
-    rf"(?:(?P<h>\d+):(?P<m>{_PART}):|(?P<mm>\d+):)(?P<s>{_PART}(?:\.\d*)?)|(?P<ss>\d+(?:\.\d*)?)",
-    re.ASCII,
-)
-
-
-@dataclass(frozen=True)
-class FramePolicy:
-    """Which frames of a clip to take; the defaults take every frame.
-
-    num_frames: that many, evenly spread (`uniform_arange`); all where the clip has fewer.
-    fps: the frame on screen every 1/fps seconds (`by_fps`). Excludes num_frames.
-    max_frames: a ceiling on any of them; more are thinned evenly over the same span.
-    start, end: only frames on screen in [start, end): seconds from the beginning of the clip, or
-        "mm:ss", "hh:mm:ss", each with an optional fraction.
-
-    Raises InvalidArgument for a value or a combination that makes no sense.
-    """
-
-    num_frames: int | None = None
-    fps: float | None = None
-    max_frames: int | None = None
-    start: float | str | None = None
-    end: float | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_frames is not None and self.fps is not None:
-            raise InvalidArgument(
-                f"num_frames={self.num_frames!r} and fps={self.fps!r} exclude each other; "
-                "give one of them (max_frames caps what fps yields)"
-            )
-        _count("num_frames", self.num_frames)
-        _count("max_frames", self.max_frames)
-        if self.fps is not None and _number("fps", self.fps) <= 0:
-            raise InvalidArgument(f"fps={self.fps!r} is not above 0; give frames a second, as 0.5")
-        start, end = self.window
-        if end is not None and (start or 0.0) >= end:
-            raise InvalidArgument(
-                f"start={start or 0:g} s is not before end={end:g} s; "
-                "give start < end, or leave one of them out"
-            )
-
-    @property
-    def window(self) -> tuple[float | None, float | None]:
-        """start and end in seconds."""
-        return seconds("start", self.start), seconds("end", self.end)
-
-
-def choose(pts: Times, policy: FramePolicy, *, stop: float) -> Rows:
-    """The rows of `pts` (ascending, seconds) that `policy` takes: ascending, at least one.
-
-    stop: when the last frame leaves the screen.
-    Raises InvalidArgument where no frame is on screen between the policy's start and end.
-    """
-    start, end = policy.window
-    first, last = between(pts, start, end, stop=stop)
-    n = last - first
-    if policy.num_frames is not None:
-        return first + uniform_arange(n, min(policy.num_frames, policy.max_frames or n))
-    rows = np.arange(n)
-    if policy.fps is not None:
-        until = stop if end is None else min(stop, end)
-        rows = by_fps(pts[first:last], policy.fps, start=start, stop=until)
-    return first + rows[uniform_linspace(len(rows), policy.max_frames or len(rows))]
-
 
 def uniform_arange(n: int, count: int) -> Rows:
     """int(i * n / count) for i below count: where `count` equal parts begin; all if count > n."""
@@ -101,6 +32,70 @@ def uniform_arange(n: int, count: int) -> Rows:
 def uniform_linspace(n: int, count: int) -> Rows:
     """`count` of n rows from the first to the last, rounded down; all of them if count > n."""
     return np.linspace(0, n - 1, min(n, count), dtype=np.int64)
+
+
+def repeated_linspace(n: int, count: int) -> Rows:
+    """linspace(0, n - 1, count) cut to whole numbers: always `count` rows, repeated if count > n.
+
+    The Slow-Fast demo takes its frames so.
+    """
+    return np.linspace(0, n - 1, count, dtype=np.int64)
+
+
+def strided(n: int, count: int, *, rate: float, fps: float) -> Rows:
+    """Every round(rate / fps)-th row, of these `count` by round((i + 1) * candidates / count - 1).
+
+    All candidates where there are fewer. How Slow-Fast's reported scores were sampled (fps 2) and
+    how it was trained (fps 4); Python's round, which takes halves to the even number.
+    """
+    step = max(round(min(rate / max(fps, _SLOWEST), float(n))), 1)
+    candidates = np.arange(0, n, step, dtype=np.int64)
+    if len(candidates) < count:
+        return candidates
+    return candidates[[round((i + 1) * len(candidates) / count - 1) for i in range(count)]]
+
+
+def clamped(n: int, *, rate: float, fps: float, least: int, most: int) -> Rows:
+    """As many rows as `fps` gives, but from `least` to `most` and at most n, by arange(0, n, step).
+
+    VideoLLaMA3's rule in transformers, whose arange rounds to float32 before it cuts.
+    """
+    count = int(min(max(n / rate * fps, least), most, n))
+    rows = np.arange(0, n, n / max(count, 1)).astype(np.float32).astype(np.int64)
+    return rows[rows < n]
+
+
+def spread_over(starts: Rows, stop: int, count: int | None) -> Rows:
+    """Rows in the middle of the spans that begin at `starts`; the last one ends before `stop`.
+
+    One a span; with fewer than there are spans, those of the longest; with more, each span gets
+    its share by length, spread evenly in it.
+    """
+    lengths = np.diff(np.append(starts, stop))
+    if count is None or count == len(starts):
+        shares = np.ones(len(starts), np.int64)
+    elif count < len(starts):
+        shares = np.zeros(len(starts), np.int64)
+        shares[np.argsort(-lengths, kind="stable")[:count]] = 1
+    else:
+        shares = _shares(lengths, min(count, int(lengths.sum())))
+    parts = [
+        start + (2 * np.arange(share) + 1) * length // (2 * share)
+        for start, length, share in zip(starts, lengths, shares, strict=True)
+        if share
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _shares(lengths: Rows, count: int) -> Rows:
+    """`count` divided in proportion to the lengths: at least 1 each, at most the length."""
+    shares = np.ones_like(lengths)
+    while (left := count - int(shares.sum())) > 0:
+        room = lengths - shares
+        wanted = lengths * count / lengths.sum() - shares
+        most_wanted = np.argsort(-np.where(room > 0, wanted, -math.inf), kind="stable")
+        shares[most_wanted[: min(left, int((room > 0).sum()), max(left // 2, 1))]] += 1
+    return shares
 
 
 def by_fps(
@@ -139,45 +134,3 @@ def between(pts: Times, start: float | None, end: float | None, *, stop: float) 
             f"{pts[0]:g} s; give a later end"
         )
     return first, last
-
-
-def seconds(name: str, value: float | str | None) -> float | None:
-    """A moment in seconds: a number, or "ss", "mm:ss", "hh:mm:ss" with an optional fraction."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        parts = _CLOCK.fullmatch(value.strip())
-        if parts is None:
-            raise InvalidArgument(
-                f'{name}={value!r} is not a time; give seconds, "mm:ss" or "hh:mm:ss.fff"'
-            )
-        field = parts.groupdict(default="0")
-        minutes = int(field["h"]) * 60 + int(field["m"]) + int(field["mm"])
-        value = minutes * 60 + float(field["s"]) + float(field["ss"])
-    number = _number(name, value)
-    if number < 0:
-        raise InvalidArgument(
-            f"{name}={value!r} is negative; give seconds from the beginning of the clip"
-        )
-    return number
-
-
-def _count(name: str, value: int | None) -> None:
-    if value is None:
-        return
-    try:
-        good = not isinstance(value, bool) and operator.index(value) >= 1
-    except TypeError:
-        good = False
-    if not good:
-        raise InvalidArgument(f"{name}={value!r} is not a number of frames; give 1 or more")
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        number = math.nan if isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InvalidArgument(f"{name}={value!r} is not a finite number; give one, or None")
-    return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vidlm.errors import InvalidArgument, MediaError, MediaLimitError, MediaNotFound, VidlmError
-from vidlm.media.clip import Frames, Limits, Timeline, Video
-from vidlm.media.sample import FramePolicy, choose
+from vidlm.media.clip import Deadline, Frames, ReadOptions, Timeline, Video
+from vidlm.media.fetch import check_local
+from vidlm.media.picture import resized
+from vidlm.media.sample import Rows, between
+from vidlm.media.scene import SIDE, Shots
 
 Pixels = NDArray[Any]
 Still = Image.Image | Pixels | str | Path
@@ -25,7 +28,7 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _DEFAULT_MS = 100
 
 
-def from_array(array: Pixels, policy: FramePolicy, limits: Limits) -> Video:
+def from_array(array: Pixels, options: ReadOptions) -> Video:
     """(F, H, W, 3) RGB or (F, H, W) grey, uint8."""
     shape = array.shape
     grey, colour = array.ndim == 3 and shape[-1] != 3, array.ndim == 4 and shape[-1] == 3
@@ -35,12 +38,16 @@ def from_array(array: Pixels, policy: FramePolicy, limits: Limits) -> Video:
             "(F, H, W) grey: one image as image[None], channels last, values 0 to 255"
         )
     timeline = _counted(len(array))
-    rows = choose(timeline.pts, policy, stop=timeline.stop)
-    limits.check("array", len(rows), *shape[1:3])
-    return timeline.video(_rgb(array[rows]), rows, "array")
+    options.limits.check_length("array", len(array), 0.0)
+    rows = _choose(timeline, options, lambda row: Image.fromarray(array[row]))
+    options.limits.check("array", len(rows), *options.scale(*shape[1:3]))
+    frames = _rgb(array[rows])
+    if options.scale(*shape[1:3]) != shape[1:3]:
+        frames = np.stack([_scaled(frame, options) for frame in frames])
+    return timeline.video(frames, rows, "array")
 
 
-def from_list(items: Sequence[Still], policy: FramePolicy, limits: Limits) -> Video:
+def from_list(items: Sequence[Still], options: ReadOptions, name: str = "list of frames") -> Video:
     """PIL images, arrays and paths of images, mixed as one likes, all of one size."""
     for place, item in enumerate(items):
         if not isinstance(item, Image.Image | np.ndarray | str | Path):
@@ -50,13 +57,20 @@ def from_list(items: Sequence[Still], policy: FramePolicy, limits: Limits) -> Vi
             )
     if not items:
         raise InvalidArgument("an empty list holds no frames; give at least one image")
-    timeline = _counted(len(items))
-    rows = choose(timeline.pts, policy, stop=timeline.stop)
+    timeline, limits = _counted(len(items)), options.limits
+    limits.check_length(name, len(items), 0.0)
+    deadline = Deadline(name, limits.seconds)
+
+    def picture_of(row: int) -> Frames:
+        deadline.check()
+        return _picture(items[row], f"frame {row}", options)
+
+    rows = _choose(timeline, options, lambda row: Image.fromarray(picture_of(row)))
     frames: Frames | None = None
     for place, row in enumerate(rows):
-        picture = _picture(items[row], f"frame {row}", limits)
+        picture = _scaled(picture_of(row), options)
         if frames is None:
-            limits.check("list of frames", len(rows), *picture.shape[:2])
+            limits.check(name, len(rows), *picture.shape[:2])
             frames = np.empty((len(rows), *picture.shape), np.uint8)
         if picture.shape != frames.shape[1:]:
             (height, width), (h, w) = frames.shape[1:3], picture.shape[:2]
@@ -66,34 +80,63 @@ def from_list(items: Sequence[Still], policy: FramePolicy, limits: Limits) -> Vi
             )
         frames[place] = picture
     assert frames is not None
-    return timeline.video(frames, rows, "frames")
+    return timeline.video(frames, rows, "frames" if name == "list of frames" else name)
 
 
 def is_webp(head: bytes) -> bool:
     return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
 
 
-def from_webp(file: BinaryIO, name: str, policy: FramePolicy, limits: Limits) -> Video:
+def from_webp(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     """An animated WebP, decoded twice: once for the frames' times, once for the chosen ones."""
+    limits, deadline = options.limits, Deadline(name, options.limits.seconds)
     with reading(name), Image.open(file, formats=["WEBP"]) as image:
-        height, width = image.height, image.width
-        limits.check(name, 1, height, width)
-        ends = np.cumsum([_length(image, row) for row in range(getattr(image, "n_frames", 1))])
+        limits.check(name, 1, image.height, image.width)
+        count = getattr(image, "n_frames", 1)
+        limits.check_length(name, count, 0.0)
+        ends = np.cumsum([_length(image, row, deadline) for row in range(count)])
         timeline = Timeline(np.append(0, ends[:-1]) / 1000, float(ends[-1]) / 1000)
-        rows = choose(timeline.pts, policy, stop=timeline.stop)
+        limits.check_length(name, count, timeline.stop)
+        rows = _choose(timeline, options, lambda row: _at(image, row, deadline))
+        height, width = options.scale(image.height, image.width)
         limits.check(name, len(rows), height, width)
         frames = np.empty((len(rows), height, width, 3), np.uint8)
         for place, row in enumerate(rows):
-            image.seek(int(row))
-            frames[place] = np.asarray(to_rgb(image))
+            frames[place] = _scaled(np.asarray(_at(image, int(row), deadline)), options)
     return timeline.video(frames, rows, name)
 
 
-def _length(image: Image.Image, row: int) -> int:
+def _at(image: Image.Image, row: int, deadline: Deadline) -> Image.Image:
+    deadline.check()
+    image.seek(row)
+    return to_rgb(image)
+
+
+def _length(image: Image.Image, row: int, deadline: Deadline) -> int:
+    deadline.check()
     image.seek(row)
     image.load()
     length = int(image.info.get("duration", _DEFAULT_MS))
     return length if length > 10 else _DEFAULT_MS
+
+
+def _choose(
+    timeline: Timeline, options: ReadOptions, picture: Callable[[int], Image.Image]
+) -> Rows:
+    """The rows of the policy; `picture` gives that of a row, for a policy that looks at them."""
+    if options.policy.sampling != "scenes":
+        return timeline.choose(options.policy)
+    shots = Shots(timeline.fps)
+    first, last = between(timeline.pts, *options.policy.window, stop=timeline.stop)
+    for row in range(first, last):
+        small = picture(row).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+        shots.see(row, np.asarray(small))
+    return timeline.choose(options.policy, shots.starts())
+
+
+def _scaled(picture: Frames, options: ReadOptions) -> Frames:
+    height, width = options.scale(*picture.shape[:2])
+    return picture if (height, width) == picture.shape[:2] else resized(picture, height, width)
 
 
 def _counted(n: int) -> Timeline:
@@ -101,12 +144,12 @@ def _counted(n: int) -> Timeline:
     return Timeline(np.arange(n, dtype=np.float64), float(n))
 
 
-def _picture(item: Still, what: str, limits: Limits) -> Frames:
+def _picture(item: Still, what: str, options: ReadOptions) -> Frames:
     if isinstance(item, np.ndarray):
         return _from_pixels(item, what)
     if isinstance(item, Image.Image):
         return _from_image(item, what)
-    return _from_file(Path(item), what, limits)
+    return _from_file(Path(item), what, options)
 
 
 def _from_pixels(item: Pixels, what: str) -> Frames:
@@ -127,10 +170,10 @@ def _from_image(image: Image.Image, what: str) -> Frames:
     return np.asarray(to_rgb(image))
 
 
-def _from_file(path: Path, what: str, limits: Limits) -> Frames:
+def _from_file(path: Path, what: str, options: ReadOptions) -> Frames:
     name = f"{what}, {path}"
-    with reading(name), Image.open(path) as image:
-        limits.check(name, 1, image.height, image.width)
+    with reading(name), Image.open(check_local(path, options.access)) as image:
+        options.limits.check(name, 1, image.height, image.width)
         return _from_image(ImageOps.exif_transpose(image), name)
 
 

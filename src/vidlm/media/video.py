@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from vidlm.errors import InvalidArgument, MediaError, MediaLimitError, MediaNotFound
+from vidlm.errors import MediaError
 from vidlm.media import decode, stills
-from vidlm.media.clip import DEFAULT_LIMITS, Limits, Video
-from vidlm.media.fetch import MAX_BYTES, fetch, local_path
-from vidlm.media.sample import FramePolicy
-from vidlm.media.stills import Still
+from vidlm.media.clip import DEFAULT_LIMITS, Limits, ReadOptions, Video
+from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.policy import FramePolicy
+from vidlm.media.source import Source, opened, pictures
 
 __all__ = [
     "Limits",
@@ -31,50 +25,63 @@ __all__ = [
     "sample_frames",
 ]
 
-Source = str | Path | bytes | BinaryIO | Sequence[Still] | NDArray[Any]
-
-_URL = re.compile(r"(?:(?:https?|file):/|data:)", re.IGNORECASE)
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
 
 def load_video(
     source: Source,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
+    min_frames: int | None = None,
     max_frames: int | None = None,
     start: float | str | None = None,
     end: float | str | None = None,
+    sampling: str = "uniform",
+    indices: Sequence[int] | None = None,
+    times: Sequence[float | str] | None = None,
+    max_side: int | None = None,
+    on_error: str = "warn",
     limits: Limits = DEFAULT_LIMITS,
+    access: FetchPolicy = DEFAULT_POLICY,
 ) -> Video:
     """The frames of a video that a policy chooses, as a player shows them.
 
     source: a path; an http(s), file or data URL; the bytes of a file; a binary file object, read
-        from its beginning and left open; a list of PIL images, arrays (H, W, 3) or paths of images;
-        an array (F, H, W, 3) RGB or (F, H, W) grey, uint8.
+        from its beginning and left open; a folder of images or a pattern such as "frames/*.jpg", in
+        the order of the numbers in their names; a list of PIL images, arrays (H, W, 3) or paths of
+        images; an array (F, H, W, 3) RGB or (F, H, W) grey, uint8.
     num_frames: that many, evenly spread; or fps: one every 1/fps seconds; or every frame.
-        max_frames caps each of them. start, end: seconds or "mm:ss", frames on screen in between.
-        See FramePolicy for the exact rules.
-    limits: see Limits.
+        min_frames and max_frames bound these. start, end: seconds or "mm:ss", frames on screen in
+        between. sampling: "linspace", "slowfast", "videollama3", "keyframes", "scenes". Or indices
+        or times: exactly these. See FramePolicy for the exact rules.
+    max_side: pictures are scaled down, as they are decoded, until their longer side is at most
+        this; None leaves them as they are, which is what models are exact with.
+    on_error: "warn" leaves out what is damaged, logs it and names it in `Video.warnings`; "raise"
+        raises MediaError instead.
+    limits: see Limits. access: which URLs and folders may be read, see FetchPolicy.
 
     Only the chosen frames are held in memory. Rotation, edit lists and non-square pixels are
-    applied. A chosen frame that cannot be decoded is left out, logged, and named in
-    `Video.warnings`.
+    applied.
 
     Raises InvalidArgument for a policy or source that makes no sense; MediaNotFound,
     MediaFetchError or MediaError where there is nothing to read; MediaLimitError before too much
-    memory is taken.
+    memory or time is taken.
     """
-    policy = FramePolicy(num_frames, fps, max_frames, start, end)
+    policy = FramePolicy(
+        num_frames, fps, max_frames, start, end, min_frames, sampling, indices, times
+    )
+    options = ReadOptions(policy, limits, on_error, max_side, access)
     if isinstance(source, np.ndarray):
-        return stills.from_array(source, policy, limits)
+        return stills.from_array(source, options)
     if isinstance(source, list | tuple):
-        return stills.from_list(source, policy, limits)
-    with opened(source) as (file, name):
+        return stills.from_list(source, options)
+    found = pictures(source, access)
+    if found is not None:
+        return stills.from_list(found, options, str(source))
+    with opened(source, access) as (file, name):
         head = _head(file, name)
         if stills.is_webp(head):
-            return stills.from_webp(file, name, policy, limits)
-        return decode.read(file, name, policy, limits)
+            return stills.from_webp(file, name, options)
+        return decode.read(file, name, options)
 
 
 def sample_frames(url: str | Path, num_frames: int) -> list[Image.Image]:
@@ -102,90 +109,3 @@ def _head(file: BinaryIO, name: str) -> bytes:
     if not head:
         raise MediaError(f"{name}: empty, 0 bytes; was the download or copy complete?")
     return head
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[tuple[BinaryIO, str]]:
-    """The source as a seekable binary file, and a name for messages."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        yield io.BytesIO(source), "video"
-    elif hasattr(source, "read"):
-        yield _seekable(source), _file_name(source)
-    elif isinstance(source, str) and _URL.match(source) and not _is_file_url(source):
-        yield io.BytesIO(fetch(source)), _url_name(source)
-    elif isinstance(source, str | Path):
-        path = _path(source)
-        with _open(path) as file:
-            yield file, path.name
-    else:
-        raise InvalidArgument(
-            f"a {type(source).__name__} is no video; give a path, a URL, bytes, a binary file, "
-            "a list of images, or a uint8 array (F, H, W, 3)"
-        )
-
-
-def _is_file_url(source: str) -> bool:
-    return source[:5].lower() == "file:"
-
-
-def _path(source: str | Path) -> Path:
-    if isinstance(source, Path):
-        return source
-    if _is_file_url(source):
-        return local_path(source)
-    scheme = _SCHEME.match(source)
-    if scheme:
-        raise InvalidArgument(
-            f"{scheme[0]} is not fetched; give http://, https://, file:// or data:, "
-            "or download the video and give its path or bytes"
-        )
-    return Path(source)
-
-
-def _open(path: Path) -> BinaryIO:
-    if os.path.isdir(path):
-        raise MediaError(
-            f"{path} is a folder; give one video file, or a list of image paths: "
-            f"sorted(Path({str(path)!r}).glob('*.jpg'))"
-        )
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device may never end
-        raise MediaError(f"{path} is no regular file; read it yourself and give its bytes")
-    try:
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise MediaNotFound(
-            f"{path}: there is no such file (looked in {path.absolute().parent}); "
-            "check the spelling, or give an absolute path"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: cannot be opened ({reason}); give a readable file") from error
-
-
-def _seekable(file: Any) -> BinaryIO:
-    """The file itself, or its contents where it only reads forward (a pipe, a socket)."""
-    if isinstance(file, io.TextIOBase):
-        raise InvalidArgument("the file is open for text; open it for bytes: open(path, 'rb')")
-    if getattr(file, "closed", False):
-        raise InvalidArgument("the file is closed; open it again, or give its path")
-    seekable = getattr(file, "seekable", None)
-    if hasattr(file, "seek") and hasattr(file, "tell") and (seekable is None or seekable()):
-        return file  # type: ignore[no-any-return]
-    data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise MediaLimitError(
-            f"a stream of more than {MAX_BYTES >> 20} MiB that cannot seek; save it to a file first"
-        )
-    return io.BytesIO(data)
-
-
-def _file_name(file: Any) -> str:
-    name = getattr(file, "name", None)
-    return Path(name).name if isinstance(name, str) else "video"
-
-
-def _url_name(url: str) -> str:
-    if url[:5].lower() == "data:":
-        return "data URL"
-    parts = urlsplit(url)
-    return Path(parts.path).name or parts.hostname or "video"
