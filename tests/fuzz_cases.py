@@ -1,13 +1,16 @@
 """Damaged videos by number: a case is its number, a seed and a folder of sound files, nothing else.
 
-`sound` makes the files, byte for byte the same each time; `damaged` and `question` make a case.
+`sound` makes the files, byte for byte the same in each new process (`python fuzz_cases.py FOLDER`;
+in one that has decoded much before, an encoder may come to decide otherwise); `damaged` and
+`question` make a case.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -52,13 +55,11 @@ Damage = Callable[[Random, bytearray, bytes], bytearray]
 # ---- sound files -----------------------------------------------------------------------------
 
 
-def sound(folder: Path, small: Sequence[Path] = ()) -> None:
-    """Fills a folder with one file of each kind, and copies of the `small` ones."""
+def sound(folder: Path) -> None:
+    """Fills a folder with one file of each kind."""
     for number, kind in enumerate(KINDS):
         (folder / f"{number:02}-{kind[0]}-{kind[1]}").write_bytes(_encode(*kind))
     (folder / f"{len(KINDS):02}-webp").write_bytes(_webp())
-    for path in small:
-        (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _encode(container: str, codec: str, pix_fmt: str, options: dict[str, str]) -> bytes:
@@ -199,3 +200,7 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
 def question(seed: int, case: int) -> dict[str, Any]:
     """The keywords of load_video for a case."""
     return Random(f"{seed}-{case}-question").choice(QUESTIONS)
+
+
+if __name__ == "__main__":
+    sound(Path(sys.argv[1]))
