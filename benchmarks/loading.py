@@ -20,14 +20,19 @@ import torch
 from vidlm import LlavaConfig, LlavaForConditionalGeneration
 
 PROBE = """
-import resource, sys, time
+import re, sys, time
 import torch
+sys.path.insert(0, {tests!r})
+if {library!r} == "transformers":
+    import torchvision_on_cpu
 from {library} import LlavaForConditionalGeneration
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would begin with the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before, began = peak(), time.perf_counter()
 model = LlavaForConditionalGeneration.from_pretrained({folder!r}, dtype=torch.bfloat16)
 seconds = time.perf_counter() - began
-total = sum(p.float().sum().item() for p in model.parameters() if p.numel() < 1e6)
+parts = (part for p in model.parameters() for part in p.flatten().split(1 << 20))
+total = sum(part.float().sum().item() for part in parts)  # which reads all of a memory map
 print((peak() - before), seconds, total)
 """
 
@@ -66,7 +71,8 @@ def write(folder: Path, layers: int) -> int:
 
 
 def once(library: str, folder: Path) -> tuple[float, float, float]:
-    code = PROBE.format(library=library, folder=str(folder))
+    tests = str(Path(__file__).resolve().parents[1] / "tests")
+    code = PROBE.format(library=library, folder=str(folder), tests=tests)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, seconds, total = map(float, done.stdout.split())
     return peak, seconds, total

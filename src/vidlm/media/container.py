@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
@@ -12,6 +12,7 @@ import av
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -20,7 +21,9 @@ from vidlm.media.clip import Deadline, Limits
 
 # Frame threads multiply a decoder's memory, and a server decodes several clips at a time.
 _THREADS = 2
-# Above these pixels, threads share a picture instead of holding several at once.
+# Up to these pixels a second thread costs more than it does (dav1d's more than others').
+_SMALL, _SMALL_AV1 = 400 * 300, 1280 * 720
+# Above these, threads share a picture instead of holding several at once.
 _LARGE = 2048 * 1152
 
 # Containers and raw streams that hold their own pictures. Playlists and lists of further files
@@ -84,9 +87,19 @@ class Reader:
             self.faults.append(_reason(error))
             return []
 
-    def decoded(self) -> Generator[VideoFrame, None, None]:
-        """The frames in the order the decoder gives them, past damage."""
-        for packet in self.packets():
+    def decoded(
+        self, wanted: Container[int] | None = None, whole: int = 0
+    ) -> Generator[VideoFrame, None, None]:
+        """The frames in the order the decoder gives them, past damage.
+
+        With `wanted`, stamps: behind the first `whole` packets, pictures that no other refers to
+        are decoded only where they are wanted. That changes no other picture.
+        """
+        codec = self.stream.codec_context
+        for number, packet in enumerate(self.packets()):
+            skips = wanted is not None and number >= whole and packet.pts not in wanted
+            if skips != (codec.skip_frame == "NONREF"):
+                codec.skip_frame = "NONREF" if skips else "DEFAULT"
             yield from self.pictures(packet)
 
     def seek(self, stamp: int) -> bool:
@@ -121,10 +134,15 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
         stream = _video_stream(container, name)
         limits.check(name, 1, stream.codec_context.height, stream.codec_context.width)
         stream.codec_context.options = {"max_pixels": str(limits.pixels)}  # the header may lie
-        large = stream.codec_context.height * stream.codec_context.width > _LARGE
-        stream.codec_context.thread_type = "SLICE" if large else "AUTO"
-        stream.codec_context.thread_count = _THREADS
+        _set_threads(stream.codec_context)
         yield Reader(stream, name, limits, deadline)
+
+
+def _set_threads(codec: VideoCodecContext) -> None:
+    pixels = codec.height * codec.width
+    small = pixels <= (_SMALL_AV1 if "av1" in codec.name else _SMALL)
+    codec.thread_type = "SLICE" if pixels > _LARGE else "AUTO"
+    codec.thread_count = 1 if small else _THREADS
 
 
 def _check_size(file: BinaryIO, name: str, limits: Limits) -> None:

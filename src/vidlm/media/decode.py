@@ -1,6 +1,7 @@
 """A video file: list what a player shows, choose, decode what that takes, keep the chosen frames.
 
-Where few frames are wanted, the decoder begins at the key frame before each and skips the rest.
+Where few frames are wanted, the decoder begins at the key frame before each, and leaves out what
+no other picture refers to.
 Frames are told by their presentation stamps, so that a packet lost on the way shifts nothing; what
 contradicts the list (fields, pictures never shown, stamps in decoding order, a seek that lands
 elsewhere) is noticed, and a slower and surer way is taken, in the end counting what comes out.
@@ -21,7 +22,7 @@ from av.video.frame import VideoFrame
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
 from vidlm.media.container import Reader, hint, opened
-from vidlm.media.listing import Index, list_frames, list_packets, list_table
+from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
 from vidlm.media.picture import Painter, resized, thumbnail
 from vidlm.media.sample import Rows, Times, between
 from vidlm.media.scene import Shots
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Frames between two wanted ones that are decoded rather than skipped: a seek costs about as much.
 _SEEK_COST = 12
+# Of a span the first frames are all decoded: where fields or pictures that are never shown make the
+# list wrong, it is wrong there. A decoder may hold frames back, so more packets than frames.
+_CHECKED_FRAMES, _CHECKED_PACKETS = 4, 24
 
 
 class _Astray(Exception):
@@ -52,7 +56,7 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     Raises MediaError where there is no video to read, MediaLimitError before memory is taken.
     """
     source = _File(file, name, options, Deadline(name, options.limits.seconds))
-    for lister in (list_table, list_packets, list_frames):
+    for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
             video = _chosen(source, index, reader) if index is not None else None
@@ -94,10 +98,13 @@ def _take(source: _File, index: Index, rows: Rows, reader: Reader | None) -> Vid
     unique, places = np.unique(rows, return_inverse=True)
     trail, kept = _Trail(), _Kept(unique, source, Painter(index.pixel_aspect, options.scale))
     for row, frame in _walk(source, index, unique, reader, trail):
-        kept.offer(row, frame)
+        if row in kept.wanted:
+            kept.keep(row, frame)
     faults = trail.faults
     if index.stamps is not None and not faults and (trail.skipped or kept.wanted):
         raise _Astray
+    if reader is not None and (faults or kept.damaged):
+        raise _Astray  # what a decoder guesses in place of damage depends on all frames before
     if kept.frames is None:
         raise MediaError(
             f"{source.name}: none of the {len(unique)} chosen frames could be decoded"
@@ -145,8 +152,10 @@ def _walk(
     """
     if reader is not None:
         trail.faults = reader.faults = []
+        assert index.stamps is not None
+        wanted = frozenset(index.stamps[rows].tolist())
         for span in _spans(index, rows, fresh=reader.fresh):
-            yield from _walk_span(index, span, reader, trail)
+            yield from _walk_span(index, span, reader, trail, wanted)
         return
     with opened(source.file, source.name, source.options.limits, source.deadline) as own:
         trail.faults = own.faults
@@ -169,22 +178,29 @@ def _spans(index: Index, rows: Rows, *, fresh: bool) -> list[_Span]:
 
 
 def _walk_span(
-    index: Index, span: _Span, reader: Reader, trail: _Trail
+    index: Index,
+    span: _Span,
+    reader: Reader,
+    trail: _Trail,
+    wanted: frozenset[int] | None = None,
 ) -> Generator[tuple[int, VideoFrame], None, None]:
+    """The frames of a span: all of them, or with `wanted`, stamps, at least those."""
     if span.key is not None:
         assert index.stamps is not None
         if not reader.seek(int(index.stamps[span.key])):
             raise _Astray
     start = span.key or 0
     awaited = start
-    with closing(reader.decoded()) as frames:  # before its container is
+    checked = start + _CHECKED_FRAMES if wanted is not None else len(index.timeline.pts)
+    frames = reader.decoded(wanted, _CHECKED_PACKETS)
+    with closing(frames):  # before its container is
         for frame in frames:
-            row = awaited if index.stamps is None else index.row(frame.pts)
+            row = awaited if index.stamps is None else index.row(frame.pts, awaited)
             if row is not None and row < start:  # behind a seek: of the shot before
                 continue
             if row is None or row < awaited:
                 raise _Astray
-            trail.skipped = trail.skipped or row > awaited
+            trail.skipped = trail.skipped or awaited < min(row, checked)
             awaited = row + 1
             yield row, frame
             if row >= span.last:
@@ -200,15 +216,13 @@ class _Kept:
     def __init__(self, rows: Rows, source: _File, painter: Painter) -> None:
         self._rows, self._limits, self._name = rows, source.options.limits, source.name
         self._painter = painter
-        self._damaged: list[int] = []
+        self.damaged: list[int] = []
         self._resized: list[int] = []
         self.wanted = {int(row): place for place, row in enumerate(rows)}  # not yet seen
         self.frames: Frames | None = None
 
-    def offer(self, row: int, frame: VideoFrame) -> None:
-        place = self.wanted.pop(row, None)
-        if place is None:
-            return
+    def keep(self, row: int, frame: VideoFrame) -> None:
+        place = self.wanted.pop(row)
         self._limits.check(self._name, 1, frame.height, frame.width)
         self._limits.check(self._name, len(self._rows), *self._painter.size(frame))
         picture = self._paint(frame)
@@ -218,7 +232,7 @@ class _Kept:
             self._resized.append(row)
             picture = resized(picture, *self.frames.shape[1:3])
         if frame.is_corrupt:
-            self._damaged.append(row)
+            self.damaged.append(row)
         self.frames[place] = picture
 
     def _paint(self, frame: VideoFrame) -> Frames:
@@ -234,7 +248,7 @@ class _Kept:
         """What could not be decoded, or not wholly."""
         return [
             *self._say(sorted(self.wanted), "could not be decoded and are left out", pts),
-            *self._say(self._damaged, "are damaged: the decoder guessed parts of them", pts),
+            *self._say(self.damaged, "are damaged: the decoder guessed parts of them", pts),
         ]
 
     def notes(self) -> list[str]:

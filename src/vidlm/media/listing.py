@@ -42,10 +42,12 @@ class Index:
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def row(self, stamp: int | None) -> int | None:
-        """The row with this stamp, where there are stamps."""
+    def row(self, stamp: int | None, guess: int) -> int | None:
+        """The row with this stamp, where there are stamps; quickly if it is the one guessed."""
         if stamp is None or self.stamps is None:
             return None
+        if guess < len(self.stamps) and self.stamps[guess] == stamp:
+            return guess
         row = int(np.searchsorted(self.stamps, stamp))
         return row if row < len(self.stamps) and self.stamps[row] == stamp else None
 
@@ -85,6 +87,12 @@ _KEY = 1  # AVINDEX_KEYFRAME; the other flag marks what an edit list cuts
 def _steps_agree(decoding: Stamps, durations: Stamps) -> bool:
     """Whether the demuxer's times are the file's, but for where they begin."""
     return bool((np.diff(decoding) == durations[:-1]).all())
+
+
+def list_quickly(reader: Reader, file: BinaryIO) -> Index | None:
+    """The index from an MP4's tables, or else from packets."""
+    index = list_table(reader, file)
+    return index if index is not None else list_packets(reader, file)
 
 
 def list_packets(reader: Reader, file: BinaryIO) -> Index | None:

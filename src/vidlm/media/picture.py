@@ -26,6 +26,7 @@ _QUARTER_TURNS: tuple[Matrix, ...] = (  # counterclockwise
     (-1, 0, 0, -1),
     (0, 1, -1, 0),
 )
+_LARGE = 640 * 360  # pixels above which a second thread is worth its start
 # Values of a matrix tag (ISO/IEC 23091-2, MatrixCoefficients).
 _UNSPECIFIED, _RESERVED = 2, 3
 
@@ -60,11 +61,11 @@ class Painter:
         self._graph.push(frame)
         converted = self._graph.pull()
         assert isinstance(converted, VideoFrame)
-        return upright(cast(Frames, converted.to_ndarray()), _display_matrix(frame))
+        return upright(_pixels(converted), _display_matrix(frame))
 
     def _converter(self, frame: VideoFrame) -> Graph:
         graph = Graph()
-        graph.threads = 1  # pictures are small; decoding has the threads
+        graph.threads = 2 if frame.width * frame.height > _LARGE else 1
         source = graph.add(
             "buffer",
             video_size=f"{frame.width}x{frame.height}",
@@ -78,6 +79,14 @@ class Painter:
         graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink"))
         graph.configure()
         return graph
+
+
+def _pixels(frame: VideoFrame) -> Frames:
+    """The memory of an RGB frame, which lives as long as the array does, without a copy."""
+    plane = frame.planes[0]
+    strides = plane.line_size, 3, 1
+    shape = frame.height, frame.width, 3
+    return np.ndarray(shape, np.uint8, buffer=memoryview(plane), strides=strides)
 
 
 def upright(picture: Frames, matrix: Matrix) -> Frames:
