@@ -1,8 +1,7 @@
 """Damaged videos by number: a case is its number, a seed and a folder of sound files, nothing else.
 
-`sound` makes the files, byte for byte the same in each new process (`python fuzz_cases.py FOLDER`;
-in one that has decoded much before, an encoder may come to decide otherwise); `damaged` and
-`question` make a case.
+`sound` makes the files (`python fuzz_cases.py FOLDER`), the same each time but for a byte now and
+then where x264 decides otherwise; `damaged` and `question` make a case.
 """
 
 from __future__ import annotations
