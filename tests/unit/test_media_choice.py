@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import threading
 from contextlib import suppress
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import clips
 from vidlm.errors import InvalidArgument, MediaError, MediaLimitError
 from vidlm.media import Limits, load_video
-from vidlm.media.clip import Deadline
+from vidlm.media.clip import Deadline, Timeline
 from vidlm.media.container import Reader, opened
-from vidlm.media.listing import list_packets, list_table
+from vidlm.media.listing import Index, list_packets, list_table
+from vidlm.media.picture import Painter
+from vidlm.media.walk import spans_of, split
 
 B_FRAMES = {"bf": "2", "g": "10"}
 
@@ -182,3 +188,101 @@ def test_pictures_are_scaled_down_and_never_up(mp4: bytes) -> None:
 def test_a_clip_beyond_a_limit_is_refused(limits: dict, said: str, container: str) -> None:
     with pytest.raises(MediaLimitError, match=said):
         load_video(clips.clip(20, container=container), limits=Limits(**limits))
+
+
+# ---- two readers at once ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """160 numbered frames, key frames 20 apart, of a size at which two readers are worth it."""
+    frames = clips.pictures(160, 512, 384)
+    return clips.encode(frames, options=LONG)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The threads that decoded."""
+    seen: set[int] = set()
+    pictures = Reader.pictures
+
+    def noted(reader: Reader, packet: av.Packet) -> list[av.VideoFrame]:
+        seen.add(threading.get_ident())
+        return pictures(reader, packet)
+
+    monkeypatch.setattr(Reader, "pictures", noted)
+    return seen
+
+
+@pytest.mark.parametrize("how", [bytes, io.BytesIO, Path])
+def test_halves_are_decoded_at_once(how, large: bytes, threads: set[int], tmp_path: Path) -> None:
+    path = tmp_path / "large.mp4"
+    path.write_bytes(large)
+    source = path if how is Path else how(large)
+    clips.check(load_video(source, num_frames=16), range(0, 160, 10))
+    assert len(threads) == 2
+    if how is Path:
+        with path.open("rb") as file:
+            file.seek(1234)
+            clips.check(load_video(file, indices=[159, 0, 80]), [159, 0, 80])
+
+
+def test_what_reads_in_no_known_way_has_one_reader(large: bytes, threads: set[int]) -> None:
+    class Own(io.RawIOBase):
+        def __init__(self) -> None:
+            self.inner = io.BytesIO(large)
+
+        def readable(self) -> bool:
+            return True
+
+        def seekable(self) -> bool:
+            return True
+
+        def readinto(self, target: bytearray) -> int:
+            return self.inner.readinto(target)
+
+        def seek(self, offset: int, whence: int = 0) -> int:
+            return self.inner.seek(offset, whence)
+
+        def tell(self) -> int:
+            return self.inner.tell()
+
+    clips.check(load_video(Own(), num_frames=16), range(0, 160, 10))
+    assert len(threads) == 1
+
+
+def test_shots_are_looked_for_in_order(large: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_video(large, sampling="scenes")
+    monkeypatch.setattr("vidlm.media.walk._WORTH_TWO", 10**12)
+    assert load_video(large, sampling="scenes").indices.tolist() == found.indices.tolist()
+    assert len(found) > 2
+
+
+def test_an_error_in_either_half_is_raised(large: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint = Painter.paint
+    for place in (0, 150):
+
+        def bad(painter: Painter, frame: av.VideoFrame, place: int = place) -> object:
+            if frame.pts == place * 512:
+                raise ValueError("no such colour")
+            return paint(painter, frame)
+
+        monkeypatch.setattr(Painter, "paint", bad)
+        with pytest.raises(MediaError, match="cannot be turned into RGB"):
+            load_video(large, num_frames=16)
+
+
+@given(st.sets(st.integers(0, 299), min_size=1), st.sets(st.integers(1, 299)), st.booleans())
+def test_halves_hold_every_row(rows: set[int], keys: set[int], fresh: bool) -> None:
+    wanted = np.array(sorted(rows))
+    timeline = Timeline(np.arange(300.0), 300.0, keys=np.array([0, *sorted(keys)]))
+    index = Index(timeline, np.arange(300), None)
+    whole = spans_of(index, wanted, fresh=fresh)
+    first, second = split(index, wanted, fresh=fresh)
+    assert first
+    for spans in (whole, [*first, *second]):
+        covered = {row for span in spans for row in range(span.key or 0, span.last + 1)}
+        assert rows <= covered
+        assert all(span.key is None or span.key in (0, *keys) for span in spans)
+        lasts = [span.last for span in spans]
+        assert lasts == sorted(lasts)
