@@ -92,24 +92,26 @@ def walk(
     codec.thread_count = 1  # two readers, one thread each
     failed = Event()
 
+    def half(spans: Sequence[Span], reader: Reader) -> Trail:
+        try:
+            return _show(index, spans, reader, watched, wanted)
+        except BaseException:
+            failed.set()
+            raise
+
     def watched(row: int, frame: VideoFrame) -> None:
-        if failed.is_set():
+        if failed.is_set():  # what went wrong is met again on the slower way
             raise Astray
         see(row, frame)
 
     def rest() -> Trail:
         with opened(view, source.name, source.options.limits, source.deadline) as own:
             own.stream.codec_context.thread_count = 1
-            return _show(index, second, own, watched, wanted)
+            return half(second, own)
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(rest)
-        try:
-            mine = _show(index, first, reader, see, wanted)
-        except BaseException:
-            failed.set()  # the other need not go on
-            raise
-        theirs = other.result()
+        mine, theirs = half(first, reader), other.result()
     return Trail(mine.skipped or theirs.skipped, [*mine.faults, *theirs.faults])
 
 
@@ -183,6 +185,8 @@ def _frames(
                 continue
             if row is None or row < awaited:
                 raise Astray
+            if span.key is not None and frame.is_corrupt:
+                raise Astray  # a key frame that is none: what comes before it is needed
             trail.skipped = trail.skipped or awaited < min(row, checked)
             awaited = row + 1
             yield row, frame
