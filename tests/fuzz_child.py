@@ -23,10 +23,11 @@ import numpy as np
 
 import fuzz_cases
 from vidlm.errors import MediaError, VidlmError
-from vidlm.media import Limits, Video, load_video
+from vidlm.media import Limits, Video, load_video, walk
 
 LIMITS = Limits(kept_bytes=1 << 24, pixels=1 << 20)
 MEMORY = 3 << 30  # enough for any sound decoder at these limits
+WORTH_TWO = walk._WORTH_TWO
 CPU_SECONDS = 20.0  # of one case; the usual one takes 3 ms
 EXPLICIT = ("indices", "times", "sampling")  # may take frames twice, or in another order
 
@@ -60,6 +61,7 @@ def outcome(seed: int, case: int, folder: Path) -> dict[str, str]:
     done, data = fuzz_cases.damaged(seed, case, folder)
     how = fuzz_cases.question(seed, case)
     told = {"done": done, "how": repr(how)}
+    walk._WORTH_TWO = 0 if case % 2 else WORTH_TWO  # 0: two readers even for so small a file
     try:
         video = load_video(data, limits=LIMITS, **how)
     except VidlmError as error:

@@ -70,7 +70,7 @@ def _shots(source: File, index: Index, reader: Reader | None) -> Rows:
     shots = Shots(timeline.fps)
     walk(
         *(source, index, np.arange(first, last), reader),
-        lambda row, frame: shots.see(row, thumbnail(frame)),
+        lambda row, frame: shots.see(row, _in_colour(source.name, thumbnail, frame)),
         ordered=True,
     )
     return shots.starts()
@@ -127,7 +127,7 @@ class _Kept:
         painter = self._painter()
         self._limits.check(self._name, 1, frame.height, frame.width)
         self._limits.check(self._name, len(self._rows), *painter.size(frame))
-        picture = self._paint(painter, frame)
+        picture = _in_colour(self._name, painter.paint, frame)
         with self._first:
             if self.frames is None:  # which way up it is, is known only now
                 self.frames = np.empty((len(self._rows), *picture.shape), np.uint8)
@@ -144,15 +144,6 @@ class _Kept:
             self._painters.own = self._new_painter()
         own: Painter = self._painters.own
         return own
-
-    def _paint(self, painter: Painter, frame: VideoFrame) -> Frames:
-        try:
-            return painter.paint(frame)
-        except (av.FFmpegError, ValueError) as error:
-            raise MediaError(
-                f"{self._name}: a {frame.width}x{frame.height} picture in {frame.format.name} "
-                f"cannot be turned into RGB ({error}); convert the file to yuv420p"
-            ) from error
 
     def losses(self, pts: Times) -> list[str]:
         """What could not be decoded, or not wholly."""
@@ -173,6 +164,16 @@ class _Kept:
         more = " ..." if len(rows) > 8 else ""
         chosen = f"{len(rows)} of the {len(self._rows)} chosen frames"
         return [f"{chosen} {what}, at {times}{more}"] if rows else []
+
+
+def _in_colour(name: str, convert: Callable[[VideoFrame], Frames], frame: VideoFrame) -> Frames:
+    try:
+        return convert(frame)
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(
+            f"{name}: a {frame.width}x{frame.height} picture in {frame.format.name} cannot be "
+            f"turned into RGB ({error}); convert the file to yuv420p"
+        ) from error
 
 
 def _refused(faults: Sequence[str]) -> list[str]:

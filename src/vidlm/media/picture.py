@@ -53,8 +53,7 @@ class Painter:
 
     def paint(self, frame: VideoFrame) -> Frames:
         """(H, W, 3) uint8."""
-        if frame.colorspace == _RESERVED:  # some encoders write it, and mean nothing by it
-            frame.colorspace = _UNSPECIFIED
+        _unreserve(frame)
         kind = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
         if self._graph is None or kind != self._kind:
             self._graph, self._kind = self._converter(frame), kind
@@ -119,7 +118,14 @@ def resized(picture: Frames, height: int, width: int) -> Frames:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
+def _unreserve(frame: VideoFrame) -> None:
+    """Some encoders write the reserved matrix, and mean nothing by it."""
+    if frame.colorspace == _RESERVED:
+        frame.colorspace = _UNSPECIFIED
+
+
 def thumbnail(frame: VideoFrame) -> Frames:
     """(32, 32, 3) of a decoded frame, squashed: enough to tell one shot from the next."""
+    _unreserve(frame)
     small = frame.reformat(SIDE, SIDE, "rgb24", interpolation=Interpolation.AREA, threads=1)
     return cast(Frames, small.to_ndarray())

@@ -89,7 +89,8 @@ def walk(
     if ordered or view is None or saved < _WORTH_TWO:
         spans = spans_of(index, rows, fresh=reader.fresh)
         return _show(index, spans, reader, see, wanted)
-    codec.thread_count = 1  # two readers, one thread each
+    if not codec.is_open:
+        codec.thread_count = 1  # two readers, one thread each
     failed = Event()
 
     def half(spans: Sequence[Span], reader: Reader) -> Trail:
