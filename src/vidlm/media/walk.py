@@ -89,8 +89,24 @@ def walk(
     if ordered or view is None or saved < _WORTH_TWO:
         spans = spans_of(index, rows, fresh=reader.fresh)
         return _show(index, spans, reader, see, wanted)
-    if not codec.is_open:
-        codec.thread_count = 1  # two readers, one thread each
+    try:
+        return _halves(source, index, ((first, reader), (second, view)), see, wanted)
+    except Astray:  # a key frame that is none, perhaps: with one reader there is less to seek
+        with opened(source.file, source.name, source.options.limits, source.deadline) as again:
+            return _show(index, spans_of(index, rows, fresh=True), again, see, wanted)
+
+
+def _halves(
+    source: File,
+    index: Index,
+    parts: tuple[tuple[Sequence[Span], Reader], tuple[Sequence[Span], BinaryIO]],
+    see: See,
+    wanted: frozenset[int],
+) -> Trail:
+    """Two readers at once, one thread each."""
+    (first, reader), (second, view) = parts
+    if not reader.stream.codec_context.is_open:
+        reader.stream.codec_context.thread_count = 1
     failed = Event()
 
     def half(spans: Sequence[Span], reader: Reader) -> Trail:
