@@ -130,3 +130,16 @@ def check(video: Video, indices: Iterable[int]) -> None:
     indices = list(indices)
     assert video.indices.tolist() == indices
     assert numbers(video.frames) == indices
+
+
+class Forward(io.RawIOBase):
+    """Bytes that only come once, as from a pipe."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        return self._data.readinto(target)

@@ -37,22 +37,6 @@ from vidlm.errors import (
 from vidlm.hf.loading import find, read_load_options
 from vidlm.hf.pack import mask_of, share, unpack
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def processor(folder: Path) -> LlavaProcessor:
-    return LlavaProcessor.from_pretrained(folder)
-
-
 # ---- from_pretrained ----------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from queue import Empty
 from threading import Thread
 from typing import Any
@@ -10,26 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import tiny
 from vidlm import LlavaForConditionalGeneration, LlavaProcessor, TextIteratorStreamer, TextStreamer
 from vidlm.errors import ContextOverflow, InvalidArgument
 from vidlm.hf.generation import read_call
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def processor(folder: Path) -> LlavaProcessor:
-    return LlavaProcessor.from_pretrained(folder)
-
 
 # ---- the keywords of generate -------------------------------------------------------------------
 

@@ -53,19 +53,6 @@ def path(mp4: bytes, tmp_path: Path) -> Path:
 # ---- good sources ----------------------------------------------------------------------------
 
 
-class Forward(io.RawIOBase):
-    """Bytes that only come once, as from a pipe."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = io.BytesIO(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        return self._data.readinto(target)
-
-
 def test_every_source_gives_the_same_frames(mp4: bytes, path: Path) -> None:
     encoded = base64.b64encode(mp4).decode()
     with path.open("rb") as file:
@@ -75,7 +62,7 @@ def test_every_source_gives_the_same_frames(mp4: bytes, path: Path) -> None:
             path.as_uri(): path.name,
             mp4: "video",
             io.BytesIO(mp4): "video",
-            Forward(mp4): "video",
+            clips.Forward(mp4): "video",
             file: path.name,
             f"data:video/mp4;base64,{encoded}": "data URL",
         }
@@ -99,7 +86,7 @@ def test_a_web_address_is_fetched_and_named_by_its_last_part(mp4: bytes, monkeyp
 def test_an_unseekable_stream_has_a_ceiling(monkeypatch) -> None:
     monkeypatch.setattr(source, "MAX_BYTES", 100)
     with pytest.raises(MediaLimitError, match="cannot seek"):
-        load_video(Forward(b"x" * 200))
+        load_video(clips.Forward(b"x" * 200))
 
 
 def test_sample_frames_gives_at_most_what_is_asked(path: Path, monkeypatch) -> None:

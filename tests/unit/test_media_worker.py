@@ -110,19 +110,6 @@ def check_same(got: Video, expected: Video) -> None:
 # ---- as load_video ---------------------------------------------------------------------------
 
 
-class Forward(io.RawIOBase):
-    """Bytes that only come once, as from a pipe."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = io.BytesIO(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        return self._data.readinto(target)
-
-
 def test_every_source_gives_what_load_video_gives(
     pool: DecodePool, tmp_path: Path, monkeypatch
 ) -> None:
@@ -140,7 +127,7 @@ def test_every_source_gives_what_load_video_gives(
         lambda: bytearray(data),
         lambda: memoryview(data)[:],
         lambda: io.BytesIO(data),
-        lambda: Forward(data),
+        lambda: clips.Forward(data),
         lambda: f"data:video/mp4;base64,{encoded}",
         lambda: ["3.png", Path("3.png")],
         lambda: clips.pictures(4),

@@ -212,7 +212,8 @@ def _named(pts: Times, policy: FramePolicy, stop: float) -> Rows:
     moments = np.asarray([seconds("times", time) for time in policy.times or ()])
     if moments.max() >= stop:
         raise InvalidArgument(
-            f"times with {moments.max():g} s, which is beyond the end of the clip at {stop:g} s"
+            f"times with {moments.max():g} s, which is beyond the end of the clip at {stop:g} s; "
+            "give earlier ones"
         )
     return np.maximum(np.searchsorted(pts, moments, side="right") - 1, 0).astype(np.int64)
 
