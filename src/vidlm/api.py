@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vidlm.hf import (
     ProcessorMixin,
 )
 from vidlm.hf.generation import read_call
-from vidlm.media import is_image
+from vidlm.media import Video, is_image
 from vidlm.models.base import Prompt
 from vidlm.text import Detokenizer, StopStrings
 from vidlm.types import FinishReason, FrameRef, SamplingParams, Usage
@@ -127,7 +127,8 @@ class LM:
     Keywords of `ask`, `stream` and `chat`:
 
     frames or fps, min_frames, max_frames, start, end, sampling, indices, times    which frames of
-        each video, as `vidlm.media.load_video` takes them; 8 frames unless given
+        each video, as `vidlm.media.load_video` takes them; unless given, the family's rule:
+        8 frames, for VideoLLaMA3 one a second (4 to 180)
     system                                   a system prompt
     max_tokens, min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
     num_beams, length_penalty, early_stopping    as `generate` takes them; greedy unless given
@@ -174,6 +175,15 @@ class LM:
         return read_call(sampling, defaults, prompt_length=prompt_tokens, eos=eos).params
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A conversation so far: messages that name their media, and these in order."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
+
+
 class Chat:
     """Several turns about the same media."""
 
@@ -183,13 +193,18 @@ class Chat:
         self.lm = lm
         self._frames, self._sampling = lm.read_options(options)
         self._timings = Timings()
-        self.messages: list[dict[str, Any]] = []
+        self._turns = _Turn()
         if system is not None:
-            self.messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+            part = {"type": "text", "text": system}
+            self._turns.messages.append({"role": "system", "content": [part]})
         self._media = _parts(media)
-        self._images: list[Any] = []
         self.frames: tuple[FrameRef, ...] = ()
         self._warnings: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was said so far; media parts hold nothing but their type."""
+        return self._turns.messages
 
     def ask(self, question: str, **sampling: Any) -> Answer:
         """The answer to the next turn."""
@@ -208,12 +223,17 @@ class Chat:
             read = self.lm.processor.read([user], self._frames)
         if self._media:
             self.frames, self._warnings = tuple(read.frames), tuple(read.warnings)
-        messages, images = [*self.messages, *read.messages], [*self._images, *read.images]
+        turn = _Turn(
+            [*self._turns.messages, *read.messages],
+            [*self._turns.images, *read.images],
+            [*self._turns.videos, *read.videos],
+        )
         with timings.stage("preprocess"):
-            prompt = self.lm.processor.prompt(self.lm.processor.render(messages), images)
+            text = self.lm.processor.render(turn.messages)
+            prompt = self.lm.processor.prompt(text, turn.images, turn.videos)
         params = self.lm.params({**self._sampling, **changed}, len(prompt.ids))
         finished: list[Answer] = []
-        pieces = self._run(prompt, params, timings, finished, (messages, images))
+        pieces = self._run(prompt, params, timings, finished, turn)
         return AnswerStream(self.frames, len(prompt.ids), timings, pieces, finished)
 
     def _run(
@@ -222,7 +242,7 @@ class Chat:
         params: SamplingParams,
         timings: Timings,
         finished: list[Answer],
-        turn: tuple[list[dict[str, Any]], list[Any]],
+        turn: _Turn,
     ) -> Iterator[str]:
         tokenizer = self.lm.processor.tokenizer
         text = Detokenizer(tokenizer, skip_special_tokens=True)
@@ -245,11 +265,10 @@ class Chat:
             said += rest
             if rest:
                 yield rest
-        placeholder = self.lm.model.config.placeholder_id
-        usage = Usage(len(prompt.ids), prompt.ids.count(placeholder), count)
-        messages, self._images = turn
+        media_tokens = sum(item.tokens for item in prompt.media)
+        usage = Usage(len(prompt.ids), media_tokens, count)
         answered = {"role": "assistant", "content": [{"type": "text", "text": said}]}
-        self.messages, self._media = [*messages, answered], []
+        self._turns, self._media = replace(turn, messages=[*turn.messages, answered]), []
         finished.append(Answer(said.strip(), self.frames, usage, timings, finish, self._warnings))
 
 

@@ -44,7 +44,7 @@ class VisionShape:
     kind: str
     layers: int
     width: int
-    image_size: int
+    image_size: int | None  # None: of any size
     patch: int
 
 
@@ -110,12 +110,14 @@ class Plan:
         text, vision = self.text, self.vision
         most = f"at most {self.most_frames:,} frames"
         verdict = f"yes; {most}" if self.fits else f"no, {self.tokens:,} do not; {most}"
+        side = vision.image_size
+        sides = f"{side} x {side} pixels" if side else "any size"
         rows = {
             "family": self.family,
             "text": f"{text.kind}: {text.layers} layers, width {text.width:,}, {text.heads} heads "
             f"({text.kv_heads} for keys and values), vocabulary {text.vocabulary:,}",
             "vision": f"{vision.kind}: {vision.layers} layers, width {vision.width:,}, frames of "
-            f"{vision.image_size} x {vision.image_size} pixels in patches of {vision.patch}",
+            f"{sides} in patches of {vision.patch}",
             "weights": f"{_count(self.parameters)} parameters, stored as {self.stored_dtype} in "
             f"{_size(self.stored_bytes)}",
             "tokens": f"{self.frames:,} frames x {self.tokens_per_frame:,} = "
@@ -149,6 +151,8 @@ def plan(
     raw = read_config(folder)
     family = family_of(raw)
     config = family.config.from_dict(raw)
+    if frames is None:
+        frames = family.sampling.get("num_frames", 8)
     text, vision = config.text_config, config.vision_config
     entries = _entries(folder)
     stored = stored_dtype(folder)
@@ -168,7 +172,7 @@ def plan(
             vision.model_type.removesuffix("_vision_model"),
             vision.num_hidden_layers,
             vision.hidden_size,
-            vision.image_size,
+            getattr(vision, "image_size", None),
             vision.patch_size,
         ),
         parameters=parameters,
@@ -180,8 +184,8 @@ def plan(
             text.num_hidden_layers, text.num_key_value_heads, text.head_dim, loaded
         ),
         context=config.max_context,
-        tokens_per_frame=config.tokens_per_frame,
-        frames=family.default_frames if frames is None else frames,
+        tokens_per_frame=config.tokens_per_frame(frames),
+        frames=frames,
         max_tokens=max_tokens,
     )
 

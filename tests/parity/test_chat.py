@@ -257,7 +257,7 @@ def test_what_is_saved_is_read_by_both(case: Case, whole: bool, tmp_path: Path) 
         pair.assert_same(["a", "b c"], None, padding=True)
         for chat in CHATS.values():
             assert one.apply_chat_template(chat) == other.apply_chat_template(chat)
-    assert again.core.preprocess == case.ours.core.preprocess
+    assert again.core.image_pixels == case.ours.core.image_pixels
     assert again.core.frame_tokens == case.ours.core.frame_tokens
 
 

@@ -304,5 +304,5 @@ def test_the_published_config(shared: Path) -> None:
     agree(ours.vision_config, theirs.vision_config)
     assert ours.text_config.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
     assert ours.text_config.tie_word_embeddings
-    assert ours.tokens_per_frame == 729
+    assert ours.tokens_per_frame() == 729
     assert (ours.feature_layers, ours.image_token_id) == ((-1,), 151646)

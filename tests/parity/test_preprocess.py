@@ -125,6 +125,8 @@ SWITCHES = {
     "no normalise": published({"shortest_edge": 28}, crop_size=28, do_normalize=False),
     "no rescale": published({"shortest_edge": 28}, crop_size=28, do_rescale=False),
     "its own factor": published({"shortest_edge": 28}, crop_size=28, rescale_factor=1 / 127.5),
+    "one mean": published(28, crop_size=28, image_mean=0.5, image_std=0.25),
+    "null is off": published({"height": 21, "width": 28}, do_center_crop=None),
     "defaults of clip": {"image_processor_type": "CLIPImageProcessor"},
     "defaults of siglip": {"image_processor_type": "SiglipImageProcessor"},
 }
@@ -200,18 +202,66 @@ def test_arrays_and_tensors_are_images_too(pair: Pair) -> None:
         assert torch.equal(pair.ours([frame]), expected), name
 
 
+@pytest.mark.parametrize("name", list(SWITCHES))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats(name: str, dtype: type[np.floating]) -> None:
+    pair = Pair.read({**SWITCHES[name], "do_rescale": False})
+    array = np.asarray(tiny.picture(5, 17, 90)).astype(dtype) / 255
+    theirs = pair.theirs([array], return_tensors="pt")["pixel_values"]
+    tolerance = 1e-6 if name == "no normalise" else 0
+    for frame in (array, torch.from_numpy(array), array.transpose(2, 0, 1)):
+        assert torch.allclose(pair.ours([frame]), theirs.float(), rtol=tolerance, atol=0)
+
+
+@pairs
+def test_floats_from_0_to_255_are_rescaled_too(pair: Pair) -> None:
+    array = np.asarray(tiny.picture(5, 17, 90)).astype(np.float32)
+    assert torch.equal(
+        pair.ours([array]), pair.theirs([array], return_tensors="pt")["pixel_values"]
+    )
+    # Nothing is rounded, so they are not what the same whole numbers become.
+    assert not torch.equal(pair.ours([array]), pair.ours([array.astype(np.uint8)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_floats(dtype: torch.dtype) -> None:
+    frame = torch.from_numpy(np.array(tiny.picture(2))).to(dtype)
+    assert torch.equal(PAIRS["clip"].ours([frame]), PAIRS["clip"].ours([frame.float()]))
+
+
 @pytest.mark.parametrize(
     "frame",
     [
         np.zeros((4, 4), np.uint8),
         np.zeros((4, 4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
-        torch.zeros(3, 4, 4),
+        np.zeros((4, 4, 3), np.int32),
+        np.zeros((4, 4, 3), bool),
+        np.zeros((4, 0, 3), np.uint8),
+        torch.zeros(4, 4, 4),
     ],
 )
 def test_other_arrays_are_refused(frame: Any) -> None:
-    with pytest.raises(InvalidArgument, match=r"shape \([34], 4.*uint8 RGB"):
+    with pytest.raises(InvalidArgument, match=r"shape \([34], [40].*uint8 RGB"):
         PAIRS["clip"].ours([frame])
+
+
+def test_arrays_that_torch_does_not_know_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="dtype object; give uint8"):
+        PAIRS["clip"].ours([np.zeros((4, 4, 3), object)])
+
+
+def test_an_image_without_a_fixed_size() -> None:
+    config = {**tiny.CLIP_IMAGES, "do_center_crop": False}
+    image = tiny.picture(1, 17, 90)
+    theirs = transformers.CLIPImageProcessor(**config)(image, return_tensors="pt")["pixel_values"]
+    ours = Preprocess.from_dict(config).one(image)
+    assert ours.shape == (3, 28, 148)
+    assert torch.equal(ours, theirs[0])
+
+
+def test_padding_of_tiles_is_nothing_to_a_single_frame() -> None:
+    config = {**tiny.CLIP_IMAGES, "do_pad": True, "image_grid_pinpoints": [[28, 56]]}
+    assert Preprocess.from_dict(config) == Preprocess.from_dict(tiny.CLIP_IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +271,7 @@ def test_other_arrays_are_refused(frame: Any) -> None:
         ({"do_pad": True}, "do_pad"),
         ({"size": {"longest_edge": 28}}, "longest_edge"),
         ({"do_center_crop": False}, "fixed output size"),
+        ({"image_std": [0.5, 0.5]}, r"image_std=\[0.5, 0.5\]"),
     ],
 )
 def test_unsupported_switches_are_named(change: dict[str, Any], said: str) -> None:

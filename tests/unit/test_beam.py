@@ -12,14 +12,14 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import nn
 
 import torchvision_on_cpu  # noqa: F401 (transformers loads its models, and torchvision, when asked)
 from vidlm.engine import Output, Request, generate
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Encoded, Media, Prompt, VideoModel
-from vidlm.nn.decoder import CausalLM, DecoderConfig
-from vidlm.nn.step import Step, packed
+from vidlm.nn.decoder import CausalLM, Decoder, DecoderConfig
+from vidlm.nn.step import packed
 from vidlm.types import FinishReason, SamplingParams
 
 V = 37
@@ -33,20 +33,19 @@ class TextModel(VideoModel):
         super().__init__()
         self.language_model = CausalLM(config)
         context = config.max_position_embeddings
-        self.config = SimpleNamespace(max_context=context, placeholder_id=PLACEHOLDER)
+        self.config = SimpleNamespace(max_context=context, placeholders={"image": PLACEHOLDER})
 
     def encode(self, media: tuple[Media, ...]) -> list[Encoded]:
         assert not media
         return []
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.language_model.model.embed_tokens(ids)
+    @property
+    def decoder(self) -> Decoder:
+        return self.language_model.model
 
-    def hidden(self, x: Tensor, step: Step, trace: list[Tensor] | None = None) -> Tensor:
-        return self.language_model.model(x, step, trace)
-
-    def logits(self, h: Tensor) -> Tensor:
-        return self.language_model.lm_head(h)
+    @property
+    def head(self) -> nn.Linear:
+        return self.language_model.lm_head
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from vidlm.demo import recipe, show
 from vidlm.demo.questions import corpus
 from vidlm.demo.world import draw_clip, write_mp4
 from vidlm.errors import InvalidArgument, MediaError, MediaNotFound
-from vidlm.models.llava import LlavaConfig, LlavaModel
+from vidlm.models.llava import LlavaConfig, LlavaNetwork
 from vidlm.weights import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    network = LlavaModel(config).requires_grad_(False)
+    network = LlavaNetwork(config).requires_grad_(False)
     for name, parameter in network.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             parameter.zero_()

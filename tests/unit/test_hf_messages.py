@@ -81,7 +81,7 @@ def test_bad_conversations(processor: LlavaProcessor) -> None:
     with pytest.raises(MediaNotFound):
         read(processor, {"type": "video", "path": "nothing.mp4"})
     chat = [{"role": "user", "content": [{"type": "image"}]}]
-    with pytest.raises(InvalidArgument, match="names no image"):
+    with pytest.raises(InvalidArgument, match="of type image names no source"):
         processor.apply_chat_template(chat, tokenize=True)
     with pytest.raises(InvalidArgument, match="need tokenize=True"):
         processor.apply_chat_template(chat, return_tensors="pt")

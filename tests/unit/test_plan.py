@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidlm.engine.kv import SequenceKV
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel, WeightsError
-from vidlm.models.llava import LlavaConfig, LlavaModel
+from vidlm.models.llava import LlavaConfig, LlavaNetwork
 from vidlm.nn.step import packed
 from vidlm.plan import Plan, TextShape, VisionShape, plan
 
@@ -56,9 +56,9 @@ def write(
     config: LlavaConfig,
     stored: torch.dtype = torch.float32,
     extra: dict[str, Tensor] | None = None,
-) -> LlavaModel:
+) -> LlavaNetwork:
     """A checkpoint with random weights and, on request, more tensors."""
-    model = LlavaModel(config).to(stored)
+    model = LlavaNetwork(config).to(stored)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     save_file({**tensors, **(extra or {})}, folder / "model.safetensors")
@@ -131,7 +131,7 @@ def test_a_model_larger_than_memory_is_planned(tmp_path: Path) -> None:
     """LLaVA-1.5 7B by its header alone: the file is a hole of 14 GB."""
     config = LlavaConfig(text_config={"max_position_embeddings": 4096, "vocab_size": 32064})
     with torch.device("meta"):
-        model = LlavaModel(config)
+        model = LlavaNetwork(config)
     header, at = {}, 0
     for name, parameter in model.named_parameters():
         end = at + 2 * parameter.numel()

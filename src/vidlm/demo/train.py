@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from vidlm.demo import recipe
 from vidlm.demo.dataset import IGNORE, Batch, Look, batch, look, mix_at
 from vidlm.demo.questions import corpus
-from vidlm.models.llava import LlavaModel
-from vidlm.nn.step import packed
+from vidlm.models.llava import LlavaNetwork
+from vidlm.nn.step import Trace, packed
 from vidlm.text import Tokenizer
 from vidlm.weights import save
 
@@ -66,7 +66,7 @@ class Drawn(Dataset[Any]):
         return self.draw(self.first + index)
 
 
-def look_loss(model: LlavaModel, locate: nn.Linear, data: Look) -> tuple[Tensor, float]:
+def look_loss(model: LlavaNetwork, locate: nn.Linear, data: Look) -> tuple[Tensor, float]:
     """The vision tower alone: features of patches against colour, shape and place, and the share
     of patches whose likeliest word is true."""
     words, motion = (torch.from_numpy(x).to(model.device) for x in (data.words, data.motion))
@@ -79,13 +79,13 @@ def look_loss(model: LlavaModel, locate: nn.Linear, data: Look) -> tuple[Tensor,
     return _words_loss(logits[shown], words[shown]) + error, right
 
 
-def _frames(model: LlavaModel, data: Batch | Look) -> Tensor:
+def _frames(model: LlavaNetwork, data: Batch | Look) -> Tensor:
     """(N, 3, S, S), as the checkpoint's preprocessing gives them: from -1 to 1."""
     frames = torch.from_numpy(data.frames).to(model.device).permute(0, 3, 1, 2)
     return frames.float() / 127.5 - 1
 
 
-def answer_loss(model: LlavaModel, locate: nn.Linear, data: Batch) -> tuple[Tensor, float]:
+def answer_loss(model: LlavaNetwork, locate: nn.Linear, data: Batch) -> tuple[Tensor, float]:
     """Cross-entropy of the answers' tokens plus what patches are to know, and the share of the
     answers' tokens predicted right."""
     device = model.device
@@ -94,21 +94,22 @@ def answer_loss(model: LlavaModel, locate: nn.Linear, data: Batch) -> tuple[Tens
     features = model.features(_frames(model, data))  # (N, P, D)
     flat = ids.flatten()
     x = model.embed(flat)
-    places = (flat == model.config.image_token_id).nonzero()[:, 0]
+    places = (flat == model.config.placeholders["image"]).nonzero()[:, 0]
     x = x.index_copy(0, places, features.flatten(0, 1).to(x.dtype))
-    trace: list[Tensor] = []
-    logits = model.logits(model.hidden(x, packed([L] * B, device), trace)).float()
+    layers: list[Tensor] = []
+    step = replace(packed([L] * B, device), trace=Trace(hidden=layers))
+    logits = model.logits(model.hidden(x, step)).float()
     # A token's label is predicted by the token before it; no row begins with a label.
     target = labels.roll(-1, dims=1).flatten()
     wanted = target != IGNORE
     right = (logits.argmax(-1) == target)[wanted].float().mean().item()
     loss = cross_entropy(logits, target, ignore_index=IGNORE)
     decoder = model.language_model.model
-    half_way = decoder.norm(trace[len(decoder.layers) // 2][places])
+    half_way = decoder.norm(layers[len(decoder.layers) // 2][places])
     return loss + PATCHES * _patch_loss(model, locate, half_way, data), right
 
 
-def _patch_loss(model: LlavaModel, locate: nn.Linear, h: Tensor, data: Batch) -> Tensor:
+def _patch_loss(model: LlavaNetwork, locate: nn.Linear, h: Tensor, data: Batch) -> Tensor:
     """How well hidden states of patches (N * P, D) name their words and tell place and motion."""
     words, motion = (
         torch.from_numpy(x).to(h.device).flatten(0, 1) for x in (data.words, data.motion)
@@ -125,7 +126,7 @@ def _words_loss(logits: Tensor, words: Tensor) -> Tensor:
     return -scores[known].mean()
 
 
-def initialise(model: LlavaModel) -> None:
+def initialise(model: LlavaNetwork) -> None:
     """Normal weights of variance 1 / fan-in; layers that write into a residual stream, less."""
     config = model.config
     depths = {
@@ -168,7 +169,7 @@ def train(args: argparse.Namespace) -> Path:
         recipe.write_files(folder, recipe.train_tokenizer(texts))
     tokenizer = Tokenizer.from_folder(folder)
     torch.manual_seed(args.seed)
-    model = LlavaModel(recipe.config())
+    model = LlavaNetwork(recipe.config())
     initialise(model)
     locate = nn.Linear(model.config.text_config.hidden_size, 4)  # place and motion; not exported
     parts = nn.ModuleList((model, locate)).to(args.device)
@@ -181,7 +182,7 @@ def train(args: argparse.Namespace) -> Path:
 
 
 def stages(
-    model: LlavaModel, locate: nn.Linear, tokenizer: Tokenizer, args: argparse.Namespace
+    model: LlavaNetwork, locate: nn.Linear, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> tuple[Stage, ...]:
     def draw_look(step: int) -> Look:
         return look(tokenizer, args.seed, step, 12 * args.batch)
@@ -202,7 +203,7 @@ def stages(
     )
 
 
-def compile_layers(model: LlavaModel) -> None:
+def compile_layers(model: LlavaNetwork) -> None:
     """Compile each layer in place: after a minute of compiling, a quarter less time a step."""
     torch._dynamo.config.recompile_limit = 64  # one per layer and batch shape
     tower, decoder = model.vision_tower.vision_model, model.language_model.model
@@ -265,11 +266,11 @@ def store(parts: dict[str, Any], step: int, path: Path) -> None:
     new.replace(path)
 
 
-def export(model: LlavaModel, folder: Path) -> None:
+def export(model: LlavaNetwork, folder: Path) -> None:
     """config.json and bfloat16 weights beside the tokenizer's files."""
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
     (folder / "config.json").write_text(config)
-    exported = LlavaModel(model.config)
+    exported = LlavaNetwork(model.config)
     exported.load_state_dict(model.state_dict())
     save(exported.to(torch.bfloat16), folder)
 

@@ -20,7 +20,8 @@ def prefill(model: VideoModel, prompt: Prompt, kv: SequenceKV, timings: Timings)
         encoded = model.encode(prompt.media)
     with timings.stage("prefill"):
         ids = torch.tensor(prompt.ids, device=model.device)
-        x = insert(model.embed(ids), ids, model.config.placeholder_id, encoded)
+        placeholders = model.config.placeholders
+        x = insert(model.embed(ids), ids, placeholders, prompt.media, encoded)
         hidden = model.hidden(x, packed([len(ids)], model.device, [kv]))
         kv.advance(len(ids))
         return model.logits(hidden[-1:])[0].float()

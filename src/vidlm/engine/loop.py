@@ -25,10 +25,15 @@ from vidlm.types import FinishReason, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it."""
+    """A prompt and how to answer it.
+
+    strict: a prompt with no room for an answer in the model's context is refused, and an answer
+        ends with the context. If not, both go on beyond it, where the model was not trained.
+    """
 
     prompt: Prompt
     params: SamplingParams
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,19 +142,21 @@ def _step(
 def _budget(model: VideoModel, request: Request) -> int:
     """New tokens a request may get: max_new_tokens, or what the context leaves of it."""
     needed, limit = len(request.prompt.ids), model.config.max_context
+    if not needed:
+        raise InvalidArgument("the prompt is empty; give at least one token")
+    if not request.strict:
+        return request.params.max_new_tokens
     if needed >= limit:
-        frames = len(request.prompt.media)
+        frames = sum(media.frames for media in request.prompt.media)
         way_out = "shorten the prompt"
         if frames:
             spare = max(needed - limit + 1, 0)
-            per_frame = model.config.tokens_per_frame
+            per_frame = max(sum(media.tokens for media in request.prompt.media) // frames, 1)
             fit = max(frames - -(-spare // per_frame), 0)
             way_out = f"use at most {fit} frames or images (now {frames})"
         raise ContextOverflow(
             f"the prompt needs {needed} tokens, the model takes {limit}; {way_out}"
         )
-    if not needed:
-        raise InvalidArgument("the prompt is empty; give at least one token")
     return min(request.params.max_new_tokens, limit - needed)
 
 

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from vidlm.hf.auto import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from vidlm.hf.auto import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from vidlm.hf.cache import Cache
 from vidlm.hf.conversation import VIDEO_OPTIONS, FrameOptions
 from vidlm.hf.features import BatchFeature
+from vidlm.hf.llava import LlavaForConditionalGeneration, LlavaProcessor
+from vidlm.hf.llava_next_video import (
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoModel,
+    LlavaNextVideoProcessor,
+)
 from vidlm.hf.loading import DEMO, find
-from vidlm.hf.model import ForConditionalGeneration, LlavaForConditionalGeneration
-from vidlm.hf.processor import LlavaProcessor, ProcessorMixin
+from vidlm.hf.model import ForConditionalGeneration
+from vidlm.hf.processor import ProcessorMixin
 from vidlm.hf.streamers import TextIteratorStreamer, TextStreamer
+from vidlm.hf.video_llava import (
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaModel,
+    VideoLlavaProcessor,
+)
+from vidlm.hf.videollama3 import (
+    VideoLlama3ForConditionalGeneration,
+    VideoLlama3Model,
+    VideoLlama3Processor,
+    VideoLlama3VisionModel,
+)
 from vidlm.models.llava import LlavaConfig
+from vidlm.models.llava_next_video import LlavaNextVideoConfig
+from vidlm.models.video_llava import VideoLlavaConfig
+from vidlm.models.videollama3 import VideoLlama3Config
+from vidlm.vision.navit import NaViTConfig as VideoLlama3VisionConfig
 
 __all__ = [
     "DEMO",
@@ -17,14 +39,30 @@ __all__ = [
     "AutoConfig",
     "AutoModelForImageTextToText",
     "AutoProcessor",
+    "AutoTokenizer",
     "BatchFeature",
+    "Cache",
     "ForConditionalGeneration",
     "FrameOptions",
     "LlavaConfig",
     "LlavaForConditionalGeneration",
+    "LlavaNextVideoConfig",
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaNextVideoModel",
+    "LlavaNextVideoProcessor",
     "LlavaProcessor",
     "ProcessorMixin",
     "TextIteratorStreamer",
     "TextStreamer",
+    "VideoLlama3Config",
+    "VideoLlama3ForConditionalGeneration",
+    "VideoLlama3Model",
+    "VideoLlama3Processor",
+    "VideoLlama3VisionConfig",
+    "VideoLlama3VisionModel",
+    "VideoLlavaConfig",
+    "VideoLlavaForConditionalGeneration",
+    "VideoLlavaModel",
+    "VideoLlavaProcessor",
     "find",
 ]

@@ -6,15 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from vidlm.errors import UnsupportedModel
+from vidlm.hf.llava import LlavaForConditionalGeneration, LlavaProcessor
+from vidlm.hf.llava_next_video import (
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+)
 from vidlm.hf.loading import find, read_load_options
-from vidlm.hf.model import ForConditionalGeneration, LlavaForConditionalGeneration
-from vidlm.hf.processor import LOCATION, LlavaProcessor, ProcessorMixin
+from vidlm.hf.model import ForConditionalGeneration
+from vidlm.hf.processor import LOCATION, ProcessorMixin
+from vidlm.hf.video_llava import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
+from vidlm.hf.videollama3 import VideoLlama3ForConditionalGeneration, VideoLlama3Processor
 from vidlm.hub import read_config, read_json
 from vidlm.models import family_of
+from vidlm.text import Tokenizer
 
-MODELS: tuple[type[ForConditionalGeneration], ...] = (LlavaForConditionalGeneration,)
+MODELS: tuple[type[ForConditionalGeneration], ...] = (
+    LlavaForConditionalGeneration,
+    LlavaNextVideoForConditionalGeneration,
+    VideoLlavaForConditionalGeneration,
+    VideoLlama3ForConditionalGeneration,
+)
 PROCESSOR_FILE = "processor_config.json"
-PROCESSORS: tuple[type[ProcessorMixin], ...] = (LlavaProcessor,)
+PROCESSORS: tuple[type[ProcessorMixin], ...] = (
+    LlavaProcessor,
+    LlavaNextVideoProcessor,
+    VideoLlavaProcessor,
+    VideoLlama3Processor,
+)
 
 
 def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -58,3 +76,11 @@ class AutoModelForImageTextToText:
             if model.family is family:
                 return model.from_pretrained(name, **kwargs)
         raise UnsupportedModel(f"{name} has no model class in vidlm")
+
+
+class AutoTokenizer:
+    """`AutoTokenizer.from_pretrained(name)` -> the checkpoint's tokenizer."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Tokenizer:
+        return Tokenizer.from_folder(find(name, **ProcessorMixin.location(kwargs)))

@@ -1,8 +1,8 @@
-"""Chat messages with media in them -> messages with image parts alone, and the images, in order."""
+"""Chat messages with media in them -> messages that only name the media, and these, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ VIDEO_OPTIONS = (
     *("num_frames", "fps", "min_frames", "max_frames", "start", "end"),
     *("sampling", "indices", "times"),
 )
+DEFAULT_FRAMES = 8
 RATES = ("num_frames", "fps", "min_frames", "sampling", "indices", "times")
 
 
@@ -38,33 +39,46 @@ class FrameOptions:
         values = {name: getattr(self, name) for name in VIDEO_OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
-    def to_dict(self, default_frames: int) -> dict[str, Any]:
-        """Keywords for load_video; `default_frames` where nothing says how many."""
+    def over(self, default: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords for load_video; where nothing says how many frames, the family's `default`,
+        whose rule also says what an fps alone means."""
         values = self.given()
-        said = ("num_frames", "fps", "indices", "times")
-        if self.sampling != "videollama3" and not any(name in values for name in said):
-            values["num_frames"] = default_frames
+        if any(name in values for name in ("num_frames", "indices", "times")):
+            return values
+        if "sampling" not in values:
+            counted = "fps" not in values
+            rule = {k: v for k, v in default.items() if counted or k != "num_frames"}
+            return {**rule, **values}
+        if "fps" not in values and values["sampling"] != "videollama3":
+            values["num_frames"] = default.get("num_frames", DEFAULT_FRAMES)
         return values
 
 
 @dataclass
 class Conversation:
-    """messages with only text and image parts; images in the order of their parts (None where the
-    part named no source: the caller passes it); which video frames they are; warnings of media."""
+    """messages whose media parts hold nothing but their type; images and videos in the order of
+    their parts (None where the part named no source: the caller passes it); which video frames
+    were chosen; warnings of media."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
     frames: list[FrameRef] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     media: int = 0
 
 
-def read_conversation(
-    messages: Sequence[Mapping[str, Any]],
-    video_parts: Callable[[Video], list[dict[str, Any]]],
-    options: FrameOptions,
-    default_frames: int,
-) -> Conversation:
+@dataclass(frozen=True)
+class Reading:
+    """How to read the videos of a conversation: the call's options over the family's default, and
+    whether a video is its frames as images."""
+
+    options: FrameOptions
+    default: Mapping[str, Any]
+    as_images: bool
+
+
+def read_conversation(messages: Sequence[Mapping[str, Any]], how: Reading) -> Conversation:
     """Load the media of a conversation. Raises InvalidArgument on a part it does not know, and
     MediaError where a source cannot be read."""
     read = Conversation()
@@ -78,18 +92,13 @@ def read_conversation(
         if isinstance(content, Sequence) and not isinstance(content, str):
             parts: list[dict[str, Any]] = []
             for part in content:
-                parts += _read_part(part, read, video_parts, (options, default_frames))
+                parts += _read_part(part, read, how)
             content = parts
         read.messages.append({**message, "content": content})
     return read
 
 
-def _read_part(
-    part: Any,
-    read: Conversation,
-    video_parts: Callable[[Video], list[dict[str, Any]]],
-    sampling: tuple[FrameOptions, int],
-) -> list[dict[str, Any]]:
+def _read_part(part: Any, read: Conversation, how: Reading) -> list[dict[str, Any]]:
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -108,19 +117,19 @@ def _read_part(
         read.images.append(None if source is None else load_image(source))
         read.media += 1
         return [{"type": "image"}]
+    if source is None and not how.as_images:
+        read.videos.append(None)
+        read.media += 1
+        return [{"type": "video"}]
     if source is None:
         raise InvalidArgument("a video part names no video; give it a path, url or video key")
-    return _read_video(source, part, read, video_parts, sampling)
+    return _read_video(source, part, read, how)
 
 
 def _read_video(
-    source: Any,
-    part: Mapping[str, Any],
-    read: Conversation,
-    video_parts: Callable[[Video], list[dict[str, Any]]],
-    sampling: tuple[FrameOptions, int],
+    source: Any, part: Mapping[str, Any], read: Conversation, how: Reading
 ) -> list[dict[str, Any]]:
-    options, default_frames = sampling
+    options = how.options
     own = {name: part[name] for name in VIDEO_OPTIONS if name in part}
     if isinstance(source, Video):
         if own:
@@ -133,12 +142,14 @@ def _read_video(
             options = FrameOptions(start=options.start, end=options.end)
         if "indices" in own or "times" in own:
             options = FrameOptions()
-        keywords = FrameOptions(**{**options.given(), **own}).to_dict(default_frames)
+        keywords = FrameOptions(**{**options.given(), **own}).over(how.default)
         video = load_video(source, **keywords)
     refs = zip(video.indices.tolist(), video.pts.tolist(), strict=True)
     read.frames += [FrameRef(read.media, index, pts) for index, pts in refs]
     read.warnings += video.warnings
     read.media += 1
-    parts = video_parts(video)
-    read.images += [each["image"] for each in parts]
-    return [{"type": "image"} for _ in parts]
+    if how.as_images:
+        read.images += list(video.frames)
+        return [{"type": "image"} for _ in video.frames]
+    read.videos.append(video)
+    return [{"type": "video"}]

@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vidlm.engine import Request, Token, run
 from vidlm.errors import InvalidArgument
+from vidlm.hf.forward import (
+    AnswerKeywords,
+    Call,
+    ForwardKeywords,
+    placeholder_ids,
+    read_keywords,
+)
 from vidlm.hf.generation import GenerateCall, read_call
 from vidlm.hf.loading import load_model, read_load_options
-from vidlm.hf.outputs import LlavaCausalLMOutput
-from vidlm.hf.pack import flatten, mask_of, share, unpack
+from vidlm.hf.pack import mask_of, share
 from vidlm.hub import read_config, read_json
-from vidlm.models.base import Encoded, Family, Prompt, VideoModel, insert
-from vidlm.models.llava import FAMILY as LLAVA
-from vidlm.models.llava import LlavaModel
-from vidlm.nn.step import Step
+from vidlm.models.base import Family, Media, Prompt, VideoModel
 from vidlm.text import Tokenizer
-from vidlm.weights import save
+from vidlm.weights import Renames, save
 
+log = logging.getLogger(__name__)
 GENERATION_FILE = "generation_config.json"
 
 
-class ForConditionalGeneration(VideoModel):
-    """The names users know from transformers, for any family with `pixel_values` of single images.
+class PretrainedModel(VideoModel):
+    """What the models of all families share under transformers' names.
 
-    `generation_config` holds the checkpoint's defaults for `generate`; `folder` is where it was
-    loaded from, None for a model made from a config alone (random weights).
+    `media_inputs` are the names under which `forward` and `generate` take media; `media` reads
+    them. `folder` is where the model was loaded from, None for one made from a config alone, which
+    has random weights.
     """
 
     family: ClassVar[Family]
-    generation_config: dict[str, Any]
+    media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    keywords: ClassVar[type] = AnswerKeywords
     folder: Path | None = None
+
+    def media(self, inputs: Mapping[str, Any]) -> list[Media]:
+        """Media as `forward` takes them, a tensor a name, one by one: images before videos."""
+        raise NotImplementedError
+
+    @classmethod
+    def renames(cls) -> Renames:
+        return cls.family.renames
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
@@ -55,68 +71,123 @@ class ForConditionalGeneration(VideoModel):
         config = cls.family.config.from_dict(read_config(folder))
         with torch.device("meta"):
             model = cls(config)
-        load_model(model, folder, cls.family.renames, options)
+        load_model(model, folder, cls.renames(), options)
         model.folder = folder
-        generation = folder / GENERATION_FILE
-        if generation.is_file():
-            model.generation_config = read_json(generation)
-        return model.eval()
+        return model.eval().requires_grad_()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, generation_config.json and safetensors, for transformers too."""
+        """Write config.json and safetensors, for transformers too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         config["torch_dtype"] = config["dtype"]
-        files = {"config.json": config, GENERATION_FILE: self.generation_config}
-        for name, content in files.items():
-            if content:
-                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save(self, folder)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        logits_to_keep: int = 0,
-    ) -> LlavaCausalLMOutput:
-        """input_ids (B, L) or inputs_embeds (B, L, D), pixel_values (F, 3, H, W) -> logits.
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.decoder.embed_tokens
 
-        logits are (B, L, V), or with logits_to_keep > 0 their last columns. attention_mask (B, L)
-        is 1 on real tokens, on whichever side the padding is; logits there are 0. Positions count
-        real tokens unless position_ids (B, L) says otherwise. labels (B, L): the loss is their
-        mean cross-entropy, each predicted by the token before, -100 ignored.
-        """
-        mask = mask_of(input_ids, inputs_embeds, attention_mask)
-        encoded = self.encode(list(pixel_values)) if pixel_values is not None else []
-        if input_ids is not None:
-            ids = input_ids[mask]
-            x = insert(self.embed(ids), ids, self.config.placeholder_id, encoded)
-        else:
-            if encoded:
-                raise InvalidArgument("pixel_values need input_ids, which say where images go")
-            x = inputs_embeds[mask]  # type: ignore[index]  # one of the two is there
-        positions = position_ids if position_ids is not None else mask.long().cumsum(1) - 1
-        step = Step(positions.expand_as(mask)[mask], tuple(mask.sum(1).tolist()))
-        trace: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = unpack(self.hidden(x, step, trace), mask)
-        logits = self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return LlavaCausalLMOutput(
-            loss=_loss(logits, labels) if labels is not None else None,
-            logits=logits,
-            hidden_states=tuple(unpack(h, mask) for h in trace) if trace is not None else None,
-            image_hidden_states=flatten(encoded),
-        )
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Images as `forward` takes them -> one (M, D) tensor of features each."""
+        return self._features({"pixel_values": pixel_values, **kwargs})
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
+        """Videos as `forward` takes them -> one (M, D) tensor of features each."""
+        return self._features({"pixel_values_videos": pixel_values_videos, **kwargs})
+
+    def get_placeholder_mask(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        image_features: Tensor | None = None,
+        video_features: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(B, L, 1) masks of where images and where videos go, by ids (B, L) or, without them, by
+        embeddings (B, L, D). Raises InvalidArgument where features given differ in number."""
+        ids = placeholder_ids(self, inputs_embeds) if input_ids is None else input_ids
+        masks = []
+        given = {"image": image_features, "video": video_features}
+        for kind, placeholder in self.config.placeholders.items():
+            mask, features = ids == placeholder, given[kind]
+            rows = 0 if features is None else features.numel() // features.shape[-1]
+            if features is not None and rows != int(mask.sum()):
+                raise InvalidArgument(
+                    f"{rows} {kind} features for {int(mask.sum())} {kind} placeholder tokens; "
+                    "pass as many as the prompt has"
+                )
+            masks.append(mask[..., None])
+        return tuple(masks)
+
+    def _features(self, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        call = self._call(None, None, inputs)
+        return [item.tokens for item in self.encode(call.media, **call.encode)]
+
+    def _call(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, given: Mapping[str, Any]
+    ) -> Call:
+        """A call of forward out of its media and its keywords."""
+        inputs = {k: v for k, v in given.items() if k in self.media_inputs and v is not None}
+        rest = {k: v for k, v in given.items() if k not in self.media_inputs}
+        keywords = read_keywords(rest, self.keywords, "forward()")
+        layers = keywords.pop("vision_feature_layer", None)
+        strategy = keywords.pop("vision_feature_select_strategy", None)
+        encode = {"layers": layers, "strategy": strategy}
+        encode = {name: value for name, value in encode.items() if value is not None}
+        return Call(input_ids, attention_mask, self.media(inputs), keywords, encode)
+
+
+class BaseModel(PretrainedModel):
+    """A family's model without its head."""
+
+    keywords = ForwardKeywords
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for module in list(self.modules()):
+            if "lm_head" in module._modules:
+                del module.lm_head
+
+    @classmethod
+    def renames(cls) -> Renames:
+        own = cls.family.renames
+        return replace(own, ignored=(*own.ignored, r"(^|\.)lm_head\."))
+
+    def tie(self) -> None:
+        """There is no head to tie."""
+
+
+class ForConditionalGeneration(PretrainedModel):
+    """A family's model that answers; `generation_config` holds the checkpoint's defaults for
+    `generate`."""
+
+    generation_config: dict[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.generation_config = _own_tokens(config)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
+        model = super().from_pretrained(name, **kwargs)
+        assert model.folder is not None
+        generation = model.folder / GENERATION_FILE
+        if generation.is_file():
+            model.generation_config = read_json(generation)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, generation_config.json and safetensors, for transformers too."""
+        super().save_pretrained(folder)
+        if self.generation_config:
+            text = json.dumps(self.generation_config, indent=2) + "\n"
+            (Path(folder) / GENERATION_FILE).write_text(text)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
 
     def generate(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         streamer: Any = None,
@@ -126,20 +197,26 @@ class ForConditionalGeneration(VideoModel):
     ) -> Tensor:
         """Prompt and answer as one (B, L + n) tensor of ids, short rows filled with pad_token_id.
 
-        Keywords, as in transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
+        Media come under the names that `forward` takes them by. Further keywords, as in
+        transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_strings (or stop),
         num_beams, length_penalty, early_stopping, eos_token_id, pad_token_id. What the call leaves
         out comes from `generation_config`, then from the checkpoint's generation_config.json.
-        Raises TypeError on an unknown keyword, naming the nearest known one.
+        Raises TypeError on an unknown keyword, naming the nearest known one. As in transformers, a
+        prompt or answer beyond the model's context is warned of and runs; `vidlm.load(...).ask`
+        refuses it.
         """
         defaults = {**self.generation_config, **(generation_config or {})}
         eos = self.config.text_config.eos_token_id
         try:
+            inputs = {name: kwargs.pop(name, None) for name in self.media_inputs}
             call = read_call(kwargs, defaults, prompt_length=input_ids.shape[1], eos=eos)
             mask = mask_of(input_ids, None, attention_mask)
-            prompts = self._prompts(input_ids, mask, pixel_values)
+            prompts = self._prompts(input_ids, mask, inputs)
             watcher = self._tokenizer(call, tokenizer)
-            tokens = run(self, [Request(p, call.params) for p in prompts], tokenizer=watcher)
+            requests = [Request(p, call.params, strict=False) for p in prompts]
+            self._warn_of_length(requests)
+            tokens = run(self, requests, tokenizer=watcher)
             if streamer is None:
                 answers = _collected(tokens, len(prompts))
             elif len(prompts) > 1 or call.params.num_beams > 1:
@@ -152,17 +229,31 @@ class ForConditionalGeneration(VideoModel):
             raise
         return _joined(input_ids, answers, call.pad_token_id)
 
-    def _prompts(self, ids: Tensor, mask: Tensor, pixels: Tensor | None) -> list[Prompt]:
-        """Rows without their padding, each with the images its placeholders stand for."""
-        media = list(pixels) if pixels is not None else []
-        placeholder = self.config.placeholder_id
-        wanted = ((ids == placeholder) & mask).sum(1).tolist()
-        counts = share(wanted, [self.config.tokens_per_frame] * len(media))
-        prompts, at = [], 0
-        for row, keep, count in zip(ids, mask, counts, strict=True):
-            prompts.append(Prompt(tuple(row[keep].tolist()), tuple(media[at : at + count])))
-            at += count
-        return prompts
+    def _warn_of_length(self, requests: Sequence[Request]) -> None:
+        limit: int = self.config.max_context
+        longest = max(len(r.prompt.ids) + r.params.max_new_tokens for r in requests)
+        if longest > limit:
+            log.warning(
+                "prompt and answer may take %d tokens, the model was trained with %d: beyond them "
+                "answers are worse; take fewer frames or a smaller max_new_tokens",
+                *(longest, limit),
+            )
+
+    def _prompts(self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> list[Prompt]:
+        """Rows without their padding, each with the media its placeholders stand for."""
+        media = self.media({k: v for k, v in inputs.items() if v is not None})
+        rows: list[list[Media]] = [[] for _ in ids]
+        for kind, placeholder in self.config.placeholders.items():
+            mine = [item for item in media if item.kind == kind]
+            wanted = ((ids == placeholder) & mask).sum(1).tolist()
+            counts = share(wanted, [item.tokens for item in mine], kind)
+            ahead = iter(mine)
+            for row, count in zip(rows, counts, strict=True):
+                row += islice(ahead, count)
+        return [
+            Prompt(tuple(row[keep].tolist()), tuple(items))
+            for row, keep, items in zip(ids, mask, rows, strict=True)
+        ]
 
     def _tokenizer(self, call: GenerateCall, given: Any) -> Tokenizer | None:
         """What stop strings are looked for with: the call's, else the checkpoint's own."""
@@ -172,24 +263,6 @@ class ForConditionalGeneration(VideoModel):
             return getattr(given, "tokenizer", given)
         return Tokenizer.from_folder(self.folder) if self.folder is not None else None
 
-    def get_image_features(self, pixel_values: Tensor) -> Sequence[Tensor]:
-        """(F, 3, H, W) -> one (M, D) tensor of features an image."""
-        encoded: list[Encoded] = self.encode(list(pixel_values))
-        return [item.tokens for item in encoded]
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.get_submodule("language_model.model.embed_tokens")
-
-
-class LlavaForConditionalGeneration(ForConditionalGeneration, LlavaModel):
-    """LLaVA under transformers' name; made from a config alone it has random weights."""
-
-    family = LLAVA
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.generation_config = _own_tokens(config)
-
 
 def _own_tokens(config: Any) -> dict[str, Any]:
     """What stands in for a generation_config.json: the ids that the text_config names."""
@@ -197,16 +270,6 @@ def _own_tokens(config: Any) -> dict[str, Any]:
     eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
     values = {"eos_token_id": eos, "pad_token_id": text.pad_token_id}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[:2] != labels.shape:
-        raise InvalidArgument(
-            f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape[:2])}; they "
-            "must agree, and logits_to_keep must be 0"
-        )
-    target = labels[:, 1:].to(logits.device)
-    return cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=-100)
 
 
 def _collected(tokens: Iterator[Token], requests: int) -> list[list[int]]:

@@ -8,22 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from vidlm.hf.cache import Cache
+
 
 @dataclass
-class LlavaCausalLMOutput:
+class ModelOutput:
     """Outputs under transformers' names; absent ones are None.
 
-    loss                 () mean cross-entropy over labels that are not -100
-    logits               (B, L, V), or (B, logits_to_keep, V)
-    hidden_states        one (B, L, D) for the embeddings and one a layer, the last one normed
-    image_hidden_states  (M, D) features of all images
     Index with a name or, as a tuple without the absent ones, with a number.
     """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in fields(self))
@@ -34,3 +27,48 @@ class LlavaCausalLMOutput:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
+
+
+@dataclass
+class ModelOutputWithPast(ModelOutput):
+    """What a family's model without a head returns.
+
+    last_hidden_state    (B, L, D) after the last norm; zeros where the mask hides a token
+    past_key_values      with use_cache: pass it on with the next tokens
+    hidden_states        one (B, L, D) for the embeddings and one a layer, the last one normed
+    attentions           one (B, H, L, S) a layer: weights over the S tokens so far
+    image_hidden_states, video_hidden_states   (M, D) features of all images, of all videos
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    video_hidden_states: Tensor | None = None
+
+
+@dataclass
+class CausalLMOutputWithPast(ModelOutput):
+    """What a family's model with its head returns; as ModelOutputWithPast, but
+
+    loss    () mean cross-entropy over labels that are not -100
+    logits  (B, L, V), or the columns that logits_to_keep names; zeros where the mask hides a token
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    video_hidden_states: Tensor | None = None
+
+
+@dataclass
+class BaseModelOutput(ModelOutput):
+    """What a vision tower returns: (P, D) or (F, P, D) states, of every layer where asked for."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

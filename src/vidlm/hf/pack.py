@@ -37,8 +37,8 @@ def unpack(packed: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def share(placeholders: Sequence[int], items: Sequence[int]) -> list[int]:
-    """How many media items each row takes, in order, when items have these numbers of tokens.
+def share(placeholders: Sequence[int], items: Sequence[int], kind: str = "image") -> list[int]:
+    """How many media of one kind each row takes, in order, when they have these numbers of tokens.
 
     Raises InvalidArgument where a row's placeholders do not end with an item.
     """
@@ -50,15 +50,30 @@ def share(placeholders: Sequence[int], items: Sequence[int]) -> list[int]:
             at += 1
         if have != wanted:
             raise InvalidArgument(
-                f"row {row} has {wanted} media placeholder tokens, and the media in order give "
-                f"{have} for it; pass as many images as the prompt names, uncut"
+                f"row {row} has {wanted} {kind} placeholder tokens, and the {kind}s in order give "
+                f"{have} for it; pass as many {kind}s as the prompt names, uncut"
             )
         counts.append(at - start)
     if at != len(items):
-        raise InvalidArgument(f"{len(items)} media items were given, the prompts name {at}")
+        raise InvalidArgument(f"{len(items)} {kind}s were given, the prompts name {at}")
     return counts
 
 
 def flatten(encoded: Sequence[Encoded]) -> Tensor | None:
     """Features of all media, one behind the other: (M, D), as transformers' image_hidden_states."""
     return torch.cat([item.tokens for item in encoded]) if encoded else None
+
+
+def stacked(pixels: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor of items that agree in shape; a list of those that do not."""
+    alike = len({item.shape for item in pixels}) == 1
+    return torch.stack(list(pixels)) if alike else list(pixels)
+
+
+def padded(pixels: Sequence[Tensor]) -> Tensor:
+    """Items (T, ...) that differ in T alone -> (N, most T, ...), zeros behind the shorter ones."""
+    most = max(len(item) for item in pixels)
+    out = pixels[0].new_zeros(len(pixels), most, *pixels[0].shape[1:])
+    for row, item in zip(out, pixels, strict=True):
+        row[: len(item)] = item
+    return out

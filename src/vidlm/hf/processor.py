@@ -1,32 +1,39 @@
-"""Processors under transformers' names: texts and images in, padded batches of tensors out."""
+"""Processors under transformers' names: texts, images and videos in, padded batches out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vidlm.errors import InvalidArgument, unknown_keyword
-from vidlm.hf.conversation import VIDEO_OPTIONS, Conversation, FrameOptions, read_conversation
+from vidlm.hf.conversation import (
+    VIDEO_OPTIONS,
+    Conversation,
+    FrameOptions,
+    Reading,
+    read_conversation,
+)
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.loading import find
-from vidlm.models.base import Family, Prompt
-from vidlm.models.llava import FAMILY as LLAVA
+from vidlm.hf.video_input import as_videos
+from vidlm.models.base import Family, Media, Prompt
 from vidlm.text import Tokenizer, expand, render_chat
 
 LOCATION = ("revision", "local_files_only", "cache_dir", "token")
 PADDING = ("padding", "padding_side", "return_tensors")
+ACCEPTED = ("trust_remote_code", "use_fast", "backend")  # name what happens anyway
 
 
 class ProcessorMixin:
     """What the processors of all families share.
 
     `core` is the family's own processor: it knows pixels and tokens of one request. This class
-    adds batches, padding, chat templates and decoding.
+    adds batches, padding, chat templates and decoding; `collate` is a family's own form of a batch.
     """
 
     family: ClassVar[Family]
@@ -37,17 +44,25 @@ class ProcessorMixin:
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
         """Read the processor files of a folder or hub repository; TypeError on unknown keywords."""
+        return cls(cls.family.processor.from_folder(find(name, **cls.location(kwargs))))
+
+    @staticmethod
+    def location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of from_pretrained that say where files are; TypeError on unknown ones."""
         for key in kwargs:
-            if key not in (*LOCATION, "trust_remote_code", "use_fast"):
+            if key not in (*LOCATION, *ACCEPTED):
                 raise unknown_keyword("from_pretrained()", key, LOCATION)
-        options = {key: kwargs[key] for key in LOCATION if kwargs.get(key) is not None}
-        return cls(cls.family.processor.from_folder(find(name, **options)))
+        return {key: kwargs[key] for key in LOCATION if kwargs.get(key) is not None}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer, chat template, preprocessor_config.json and processor_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(folder)
+
+    def collate(self, media: Sequence[Media]) -> dict[str, Any]:
+        """The media of a batch, images before videos, under the names that `forward` takes."""
+        raise NotImplementedError
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -68,62 +83,103 @@ class ProcessorMixin:
 
     @property
     def image_token_id(self) -> int:
-        return int(self.core.image_token_id)
+        return self._id(self.image_token)
+
+    @property
+    def video_token(self) -> str | None:
+        """What stands for a video in a text; None where a video is its frames as images."""
+        return None if self.core.video_token is None else str(self.core.video_token)
+
+    @property
+    def video_token_id(self) -> int | None:
+        token = self.video_token
+        return None if token is None else self._id(token)
 
     @property
     def image_processor(self) -> Any:
-        """Images -> pixels (F, 3, H, W); call it with a list of images."""
-        return self.core.preprocess
+        """Images -> pixels; call it with a list of images."""
+        return self.core.image_pixels
 
     def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         *,
-        padding: bool | str = False,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
         add_special_tokens: bool = True,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """Texts with `<image>` where images go -> input_ids, attention_mask (B, L), pixel_values.
+        """Texts with placeholders where media go -> input_ids, attention_mask (B, L) and pixels.
 
-        images  one, a flat list in the order of the placeholders, or a list per text
-        pixel_values  (F, 3, H, W) of all images of the batch, one behind the other
-        Each `<image>` becomes as many tokens as the image has features. Rows are lists without
-        return_tensors, and a single text is a batch of one. Raises InvalidArgument
-        where placeholders and images differ in number.
+        images, videos  one, a flat list in the order of their placeholders, or a list per text; a
+            video is an array (T, H, W, 3), a list of images, a path, a URL or a Video
+        padding, padding_side, return_tensors  as the tokenizer takes them
+        num_frames, fps and the other keywords of load_video  which frames of videos to take
+
+        Each placeholder becomes as many tokens as its media has features. Rows are lists without
+        return_tensors, and a single text is a batch of one. Raises InvalidArgument where
+        placeholders and media differ in number.
         """
+        padding = {key: kwargs.pop(key) for key in PADDING if key in kwargs}
+        frames = FrameOptions(**{k: kwargs.pop(k) for k in VIDEO_OPTIONS if k in kwargs})
+        core = self._adjusted(kwargs)
         if text is None:
-            raise InvalidArgument("the processor needs text; for pixels alone use image_processor")
-        texts = [text] if isinstance(text, str) else list(text)
-        flat = list(_flat(images))
-        pixels = self.core.pixels(flat) if flat else None
-        rows = self._expanded(texts, pixels, add_special_tokens)
-        features = BatchFeature(
-            self.tokenizer.batch(
-                rows, padding=padding, padding_side=padding_side, return_tensors=return_tensors
+            raise InvalidArgument(
+                "the processor needs text; for pixels alone use image_processor or video_processor"
             )
-        )
-        if pixels is not None:
-            features["pixel_values"] = pixels.numpy() if return_tensors == "np" else pixels
+        texts = [text] if isinstance(text, str) else list(text)
+        if videos is not None and self.video_token is None:
+            raise InvalidArgument(
+                f"{type(self).__name__} takes a video as its frames: pass them as images, with one "
+                f"{self.image_token} each"
+            )
+        media = core.media(list(_flat(images)), as_videos(videos, frames, self.family.sampling))
+        rows = self._expanded(texts, media, add_special_tokens)
+        features = BatchFeature(self.tokenizer.batch(rows, **padding))
+        for name, value in (self.collate(media) if media else {}).items():
+            numbers = isinstance(value, torch.Tensor) and padding.get("return_tensors") == "np"
+            features[name] = value.numpy() if numbers else value
         return features
 
+    def _adjusted(self, kwargs: Mapping[str, Any]) -> Any:
+        """The core with the changes that a call asks for; this one knows none."""
+        for name in kwargs:
+            known = (*PADDING, *VIDEO_OPTIONS, "add_special_tokens")
+            raise unknown_keyword(f"{type(self).__name__}()", name, known)
+        return self.core
+
     def _expanded(
-        self, texts: Sequence[str], pixels: Tensor | None, add_special_tokens: bool
+        self, texts: Sequence[str], media: Sequence[Media], add_special_tokens: bool
     ) -> list[list[int]]:
-        rows = [self.tokenizer.encode(text, add_special_tokens) for text in texts]
-        counts = self.core.tokens_of(pixels) if pixels is not None else []
-        places = [row.count(self.image_token_id) for row in rows]
-        if sum(places) != len(counts):
-            raise InvalidArgument(
-                f"the text names {sum(places)} images ({self.image_token}), {len(counts)} were "
-                "given; write one placeholder for each image or frame"
-            )
-        expanded, at = [], 0
-        for row, place in zip(rows, places, strict=True):
-            expanded.append(expand(row, self.image_token_id, counts[at : at + place]))
-            at += place
-        return expanded
+        """Ids of each text, with every placeholder as often as its media fills it."""
+        tokens = {"image": self.image_token}
+        if self.video_token is not None:
+            tokens["video"] = self.video_token
+        written = {kind: [self.core.places(m) for m in media if m.kind == kind] for kind in tokens}
+        for kind, token in tokens.items():
+            named, given = sum(text.count(token) for text in texts), len(written[kind])
+            if named != given:
+                raise InvalidArgument(
+                    f"the text names {named} {kind}s ({token}), {given} were given; write one "
+                    f"placeholder for each {kind}"
+                    + (" or frame" if self.video_token is None else "")
+                )
+        ahead = {token: iter(written[kind]) for kind, token in tokens.items()}
+        pattern = re.compile("|".join(map(re.escape, ahead)))
+        rows = []
+        for text in texts:
+            counts: dict[str, list[int]] = {token: [] for token in ahead}
+
+            def place(match: re.Match[str], counts: dict[str, list[int]] = counts) -> str:
+                inner, fills = next(ahead[match[0]])
+                counts[match[0]] += fills
+                return inner
+
+            row = self.tokenizer.encode(pattern.sub(place, text), add_special_tokens)
+            for token, fills in counts.items():
+                row = expand(row, self._id(token), fills)
+            rows.append(row)
+        return rows
 
     def apply_chat_template(
         self,
@@ -139,7 +195,7 @@ class ProcessorMixin:
 
         Content parts: {"type": "text", "text"}, {"type": "image", "image" | "url" | "path"},
         {"type": "video", "video" | "url" | "path"}, the latter also with num_frames, fps, start
-        and end of its own. A video becomes its frames as images.
+        and end of its own.
 
         Returns the text; with tokenize=True the ids, and with return_dict=True as well everything
         `generate` takes. Keywords: num_frames, fps and the others of load_video for the videos;
@@ -158,12 +214,17 @@ class ProcessorMixin:
         ]
         if not tokenize:
             return texts if batched else texts[0]
-        images = [image for each in read for image in each.images]
-        if any(image is None for image in images):
-            raise InvalidArgument("an image part names no image; give it an image, url or path key")
+        images, videos = ([m for r in read for m in getattr(r, k)] for k in ("images", "videos"))
+        for kind, media in (("image", images), ("video", videos)):
+            if any(item is None for item in media):
+                raise InvalidArgument(
+                    f"a content part of type {kind} names no source; give it a path, url or "
+                    f"{kind} key"
+                )
         features = self(
             images=images or None,
             text=texts if batched else texts[0],
+            videos=videos or None,
             add_special_tokens=not self._has_bos(texts[0]),
             **padding,
         )
@@ -171,8 +232,8 @@ class ProcessorMixin:
 
     def read(self, messages: Sequence[Mapping[str, Any]], options: FrameOptions) -> Conversation:
         """Load the media of one conversation."""
-        frames = self.family.default_frames
-        return read_conversation(messages, self.core.video_parts, options, frames)
+        how = Reading(options, self.family.sampling, as_images=self.video_token is None)
+        return read_conversation(messages, how)
 
     def render(
         self,
@@ -182,7 +243,7 @@ class ProcessorMixin:
         template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """Messages whose videos are images already -> the prompt's text."""
+        """Messages that only name their media, as `read` makes them -> the prompt's text."""
         return render_chat(
             template or self.chat_template,
             messages,
@@ -191,11 +252,11 @@ class ProcessorMixin:
             **kwargs,
         )
 
-    def prompt(self, text: str, images: Sequence[Any]) -> Prompt:
+    def prompt(self, text: str, images: Sequence[Any], videos: Sequence[Any] = ()) -> Prompt:
         """One rendered request as the engine takes it."""
-        pixels = self.core.pixels(images) if images else None
-        (ids,) = self._expanded([text], pixels, add_special_tokens=not self._has_bos(text))
-        return Prompt(tuple(ids), tuple(pixels) if pixels is not None else ())
+        media = self.core.media(images, videos)
+        (ids,) = self._expanded([text], media, add_special_tokens=not self._has_bos(text))
+        return Prompt(tuple(ids), tuple(media))
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens, **kwargs)
@@ -205,16 +266,23 @@ class ProcessorMixin:
     ) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens, **kwargs)
 
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """What `generate` returned, as texts; a single row is a batch of one."""
+        one_row = getattr(generated_outputs, "ndim", 2) == 1
+        rows = [generated_outputs] if one_row else generated_outputs
+        return self.batch_decode(rows, skip_special_tokens, **kwargs)
+
+    def _id(self, token: str) -> int:
+        id = self.tokenizer.convert_tokens_to_ids(token)
+        assert id is not None  # the family's processor has looked
+        return id
+
     def _has_bos(self, text: str) -> bool:
         """Whether a template wrote the BOS token itself: the tokenizer must not add a second."""
         bos = self.tokenizer.bos_token
         return bos is not None and text.startswith(bos)
-
-
-class LlavaProcessor(ProcessorMixin):
-    """LLaVA's processor under transformers' name."""
-
-    family = LLAVA
 
 
 def _flat(images: Any) -> Iterator[Any]:

@@ -7,20 +7,36 @@ encode the media of each prompt, puts those features where the placeholders stan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument
 from vidlm.media import Video
+from vidlm.nn.decoder import Decoder
 from vidlm.nn.step import Step
 from vidlm.text import Tokenizer
 from vidlm.weights import Renames
 
-Media = Tensor  # preprocessed pixels of one image or frame, as the family's processor makes them
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One preprocessed image or video of a prompt; a family may add fields of its own.
+
+    pixels  as the family's processor makes them
+    tokens  placeholders that it fills in the prompt
+    frames  how many it has; an image has one
+    """
+
+    pixels: Tensor
+    tokens: int
+    kind: Kind = "image"
+    frames: int = 1
 
 
 class Config(Protocol):
@@ -38,17 +54,20 @@ class Config(Protocol):
         """Tokens a prompt and its answer may take together."""
 
     @property
-    def placeholder_id(self) -> int:
-        """The token that stands where media features go."""
+    def placeholders(self) -> Mapping[Kind, int]:
+        """The token that stands where the features of each kind of media go."""
 
-    @property
-    def tokens_per_frame(self) -> int:
-        """Placeholders of one image or video frame."""
+    def tokens_per_frame(self, frames: int) -> int:
+        """Placeholders of each frame of a video of so many; where the picture's size matters, of
+        one of 1280 x 720 pixels, and before anything is left out because it repeats itself."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request as the engine takes it: ids with every placeholder expanded, and its media."""
+    """One request as the engine takes it: ids with every placeholder expanded, and its media.
+
+    The media of each kind come in the order of that kind's placeholders.
+    """
 
     ids: tuple[int, ...]
     media: tuple[Media, ...] = ()
@@ -70,23 +89,34 @@ class VideoModel(nn.Module):
 
     config: Any
 
+    @property
+    def decoder(self) -> Decoder:
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Linear:
+        """(T, D) -> (T, V)"""
+        raise NotImplementedError
+
     def encode(self, media: Sequence[Media]) -> list[Encoded]:
         raise NotImplementedError
 
     def embed(self, ids: Tensor) -> Tensor:
         """(T,) -> (T, D)"""
-        raise NotImplementedError
+        return self.decoder.embed_tokens(ids)
 
-    def hidden(self, x: Tensor, step: Step, trace: list[Tensor] | None = None) -> Tensor:
-        """(T, D) -> (T, D) after the last norm; `trace` collects every layer's input."""
-        raise NotImplementedError
+    def hidden(self, x: Tensor, step: Step) -> Tensor:
+        """(T, D) -> (T, D) after the last norm"""
+        return self.decoder(x, step)
 
     def logits(self, h: Tensor) -> Tensor:
         """(T, D) -> (T, V)"""
-        raise NotImplementedError
+        return self.head(h)
 
     def tie(self) -> None:
         """Share parameters the config declares tied; called after parameters were replaced."""
+        if self.config.text_config.tie_word_embeddings:
+            self.head.weight = self.decoder.embed_tokens.weight
 
     @property
     def device(self) -> torch.device:
@@ -98,46 +128,67 @@ class VideoModel(nn.Module):
 
 
 class Processor(Protocol):
-    """Text and media of one request -> Prompt. Batching and padding belong to `vidlm.hf`."""
+    """Text and media of one request -> Prompt. Batching and padding belong to `vidlm.hf`.
+
+    image_pixels, video_pixels  how each becomes pixels, and its words in the checkpoint's files
+    image_token, video_token    what stands in the text for each; without a video_token a video is
+                                its frames as images
+    """
 
     tokenizer: Tokenizer
+    image_pixels: Any
+    video_pixels: Any
+    image_token: str
+    video_token: str | None
 
     @classmethod
     def from_folder(cls, folder: Path) -> Processor: ...
 
     def save(self, folder: Path) -> None: ...
 
-    def pixels(self, images: Sequence[Any]) -> Tensor: ...
+    def media(self, images: Sequence[Any], videos: Sequence[Video]) -> list[Media]:
+        """The images and then the videos of one call."""
 
-    def tokens_of(self, pixels: Sequence[Media]) -> list[int]: ...
-
-    def video_parts(self, video: Video) -> list[dict[str, Any]]: ...
+    def places(self, media: Media) -> tuple[str, list[int]]:
+        """The text that takes the place of a media's token, and how many placeholders each token
+        of its kind in that text becomes."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """The four things of a family's file, and the frames it takes of a video unless told."""
+    """The four things of a family's file, and which frames it takes of a video unless told.
+
+    `sampling` is in the words of `vidlm.media.load_video`.
+    """
 
     config: type[Any]
     renames: Renames
     processor: type[Any]
     model: type[VideoModel]
-    default_frames: int = 8
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"num_frames": 8})
 
 
-def insert(x: Tensor, ids: Tensor, placeholder: int, encoded: Sequence[Encoded]) -> Tensor:
+def insert(
+    x: Tensor,
+    ids: Tensor,
+    placeholders: Mapping[Kind, int],
+    media: Sequence[Media],
+    encoded: Sequence[Encoded],
+) -> Tensor:
     """Embedded tokens x (T, D) with the features of `encoded` where `ids` (T,) has placeholders.
 
     Raises InvalidArgument where the numbers differ: a prompt cut in its media, or media forgotten.
     """
-    places = (ids == placeholder).nonzero()[:, 0]
-    features = sum(len(item.tokens) for item in encoded)
-    if len(places) != features:
-        raise InvalidArgument(
-            f"the prompt has {len(places)} media placeholder tokens and the media give {features}; "
-            "pass as many images as the prompt names, and the processor's output unshortened"
-        )
-    if not encoded:
-        return x
-    tokens = torch.cat([item.tokens for item in encoded]).to(x)
-    return x.index_copy(0, places, tokens)
+    for kind, placeholder in placeholders.items():
+        mine = [e.tokens for m, e in zip(media, encoded, strict=True) if m.kind == kind]
+        places = (ids == placeholder).nonzero()[:, 0]
+        features = sum(len(tokens) for tokens in mine)
+        if len(places) != features:
+            raise InvalidArgument(
+                f"the prompt has {len(places)} {kind} placeholder tokens and the {kind}s given "
+                f"make {features}; pass as many {kind}s as the prompt names, and the processor's "
+                "output unshortened"
+            )
+        if mine:
+            x = x.index_copy(0, places, torch.cat(mine).to(x))
+    return x

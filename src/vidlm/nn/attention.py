@@ -15,6 +15,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
     q (T, H, E), k and v (T, K, E) of the step's new tokens -> (T, H, E). Each token sees the
     earlier tokens of its own sequence, cached or new, and itself.
     """
+    if step.trace.attentions is not None:
+        return _shown(q, k, v, step, layer)
     if step.uniform:
         return _uniform(q, k, v, len(step.lengths))
     rows = []
@@ -27,6 +29,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
         single = segment.stop - segment.start == 1
         rows.append((_decode if single else _prefill)(q[part], keys, values))
     return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _shown(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
+    """`attend` by the textbook, whose weights (H, n, S) go to the step's trace."""
+    assert step.trace.attentions is not None
+    rows, shown = [], []
+    for segment in step.segments():
+        part = slice(segment.start, segment.stop)
+        keys, values = k[part].transpose(0, 1), v[part].transpose(0, 1)
+        if segment.kv is not None:
+            keys, values = segment.kv.append(layer, k[part], v[part])
+        heads = q[part].transpose(0, 1)[None]  # (1, H, n, E)
+        weights = _weights(heads, keys[None], causal=True)[0]
+        rows.append((weights @ _spread(values[None], q.shape[1]))[0].transpose(0, 1))
+        shown.append(weights)
+    step.trace.attentions.append(shown)
+    return torch.cat(rows)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,14 +72,24 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The textbook form, for training on a CPU, where the backward of torch's fused operator is
     slow: 60 against 4 ms for 256 frames of 16 patches in bfloat16, 43 against 20 ms for 32
     sequences of 330 tokens (benchmarks/attention_backward.py)."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = _weights(q, k, causal)
+    return weights @ _spread(v, q.shape[1])
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """(B, K, S, E) -> (B, H, S, E), every key/value head as often as query heads share it."""
+    groups = heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """q (B, H, n, E) at the end of k (B, K, S, E) -> (B, H, n, S) that add up to 1 over S."""
+    scores = (q * q.shape[-1] ** -0.5) @ _spread(k, q.shape[1]).transpose(-1, -2)
     if causal:
-        hidden = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device)
-        scores = scores + hidden.triu(1)
-    return softmax(scores, dim=-1) @ v
+        n, S = scores.shape[-2:]
+        hidden = torch.full((n, S), -torch.inf, dtype=scores.dtype, device=scores.device)
+        scores = scores + hidden.triu(1 + S - n)
+    return softmax(scores, dim=-1)
 
 
 def _prefill(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

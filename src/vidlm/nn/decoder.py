@@ -231,8 +231,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: Step, trace: list[Tensor] | None = None) -> Tensor:
-        """`trace` collects transformers' hidden_states: input, each layer, the last one normed."""
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        trace = step.trace.hidden
         rope = rope_tables(self.config, step, x.dtype)
         for layer in self.layers:
             if trace is not None:
@@ -245,15 +245,9 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head. A tied head shares the embedding's parameter."""
+    """A decoder and its head, under the names of checkpoints."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie(config)
-
-    def tie(self, config: DecoderConfig) -> None:
-        """Share the head with the embedding where the config says so."""
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight

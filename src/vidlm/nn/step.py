@@ -9,7 +9,7 @@ can run in one process.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -37,6 +37,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What a caller wants to see of a step beside its result; a list that is None is not filled.
+
+    hidden      the input of every layer, and what the last norm makes: (T, D) each
+    attentions  for every layer one (H, n, S) a sequence: the weights of its n new tokens over all
+                S tokens of the sequence so far
+    """
+
+    hidden: list[Tensor] | None = None
+    attentions: list[list[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """One pass over T packed tokens of one or more sequences.
 
@@ -44,11 +57,13 @@ class Step:
     lengths    new tokens of each sequence; they add up to T
     kv         where each sequence's earlier keys and values are, or None to run without a cache
                (each sequence then starts at its first token here: training, scoring)
+    trace      where layers leave what the caller asked to see
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     kv: tuple[KV, ...] | None = None
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def uniform(self) -> bool:

@@ -4,7 +4,7 @@ That backend resizes uint8 pixels with torch's antialiased kernel, so the same k
 here and the result is bit-equal (tests/parity/test_preprocess.py); the only torch in front of the
 vision tower, which is why this is not part of `vidlm.media`. transformers' PIL backend rounds
 differently: 1 or 2 grey levels of 255 apart where a frame shrinks or is smooth, and up to some 20
-at hard edges that are enlarged.
+at hard edges that are enlarged. Float frames take the same steps, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Preprocess:
 
     resize   (height, width) to squash to, or a single int: the shortest edge, aspect kept
     crop     (height, width) of a centre crop, or None
-    rescale  factor on the uint8 values; then (x - mean) / std
+    rescale  factor on the values, 1 for frames that are 0 to 1 already; then (x - mean) / std
     """
 
     resize: tuple[int, int] | int | None
@@ -52,7 +52,7 @@ class Preprocess:
         resample = config.get("resample", 3)
         if resample not in MODES:
             raise UnsupportedModel(f"resample={resample}; supported: {MODES}")
-        if config.get("do_pad"):
+        if config.get("do_pad") and "image_grid_pinpoints" not in config:  # there it is of tiles
             raise UnsupportedModel("do_pad=true in preprocessor_config.json is not supported")
         default = {"height": 224, "width": 224} if siglip else {"shortest_edge": 224}
         wants_crop = config.get("do_center_crop", not siglip)
@@ -60,10 +60,10 @@ class Preprocess:
         return cls(
             resize=_size(config.get("size", default)) if config.get("do_resize", True) else None,
             crop=_box(config.get("crop_size", 224)) if wants_crop else None,
-            mean=tuple(config.get("image_mean", half if siglip else CLIP_MEAN))
+            mean=_channels("image_mean", config.get("image_mean", half if siglip else CLIP_MEAN))
             if normalise
             else (0.0,) * 3,
-            std=tuple(config.get("image_std", half if siglip else CLIP_STD))
+            std=_channels("image_std", config.get("image_std", half if siglip else CLIP_STD))
             if normalise
             else (1.0,) * 3,
             mode=MODES[resample],
@@ -107,11 +107,12 @@ class Preprocess:
         """RGB frames, of any sizes -> (F, 3, height, width) float32."""
         out = torch.empty(len(frames), 3, *self.size)
         for row, frame in zip(out, frames, strict=True):
-            row.copy_(self._one(_pixels(frame)))
+            row.copy_(self.one(frame))
         return out
 
-    def _one(self, pixels: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, height, width) float32."""
+    def one(self, frame: Frame) -> Tensor:
+        """An RGB frame -> (3, height, width) float32; without a crop, of a size of its own."""
+        pixels = to_pixels(frame)
         if self.resize is not None:
             pixels = resize(pixels, self._target(pixels), self.mode)
         if self.crop is not None:
@@ -126,13 +127,18 @@ class Preprocess:
         if isinstance(self.resize, tuple):
             return self.resize
         H, W = pixels.shape[1:]
-        short, long = min(H, W), max(H, W)
-        long = int(self.resize * long / short)  # the reference truncates
-        return (self.resize, long) if H <= W else (long, self.resize)
+        return shortest_edge((H, W), self.resize)
+
+
+def shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """Height and width whose smaller one is `edge`, of the same shape but for truncation."""
+    H, W = size
+    long = int(edge * max(H, W) / min(H, W))  # the reference truncates
+    return (edge, long) if H <= W else (long, edge)
 
 
 def resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """(3, H, W) uint8 -> (3, *size) uint8, antialiased."""
+    """(C, H, W) uint8 or float -> (C, *size) of the same dtype, antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
     antialias = mode != "nearest-exact"
@@ -155,31 +161,49 @@ def centre_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[:, top : top + height, left : left + width]
 
 
-def _pixels(frame: Frame) -> Tensor:
-    """Any frame -> (3, H, W) uint8. Images of other modes become RGB, see `to_rgb`."""
+def to_pixels(frame: Frame) -> Tensor:
+    """Any frame -> (3, H, W) uint8 or float. Images of other modes become RGB, see `to_rgb`."""
     if isinstance(frame, Image.Image):
         frame = np.array(to_rgb(frame))
-    channels_first = frame.ndim == 3 and frame.shape[0] == 3
-    if isinstance(frame, Tensor):
-        frame = frame.cpu().numpy()
-    else:
-        channels_first = channels_first and frame.shape[2] != 3
-    if channels_first:
-        frame = frame.transpose(1, 2, 0)
-    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+    pixels = frame.detach().cpu() if isinstance(frame, Tensor) else as_tensor(frame)
+    if pixels.ndim == 3:
+        # (3, H, 3) has its channels first as a tensor, and last as an array.
+        first = pixels.shape[0] == 3 and (isinstance(frame, Tensor) or pixels.shape[2] != 3)
+        pixels = pixels if first else pixels.permute(2, 0, 1)
+    known = pixels.dtype == torch.uint8 or pixels.is_floating_point()
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or 0 in pixels.shape or not known:
         raise InvalidArgument(
-            f"an image of shape {frame.shape} and dtype {frame.dtype}; allowed: PIL images, and "
-            "uint8 RGB arrays or tensors of shape (H, W, 3) or (3, H, W)"
+            f"an image of shape {tuple(frame.shape)} and dtype {frame.dtype}; allowed: PIL images, "
+            "and uint8 RGB or float arrays and tensors of shape (H, W, 3) or (3, H, W)"
         )
-    if not frame.flags.writeable:
-        frame = frame.copy()
-    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+    # Resizing knows no floats of 16 bits.
+    return pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same memory where torch can have it: not read-only, no negative strides."""
+    if not array.flags.writeable:
+        array = array.copy()
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except TypeError as error:
+        raise InvalidArgument(
+            f"an image of dtype {array.dtype}; give uint8 (0 to 255), or floats"
+        ) from error
+
+
+def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    """One number for each channel."""
+    values = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+    if len(values) != 3:
+        raise UnsupportedModel(f"{name}={value!r}; give one number, or one for each of R, G, B")
+    return values
 
 
 def _size(size: Mapping[str, int] | int) -> tuple[int, int] | int:
     if isinstance(size, int):
         return size
-    if "shortest_edge" in size:
+    if size.keys() == {"shortest_edge"}:
         return size["shortest_edge"]
     return _box(size)
 

@@ -1,15 +1,16 @@
 """One vision transformer for CLIP and SigLIP: what differs is a ViTConfig.
 
 Follows the reference implementations in transformers (models/clip, models/siglip). A frame's
-features are the hidden state after a chosen layer, so layers behind it are never run.
-Parity: tests/parity/test_llava.py.
+features are the hidden state after a chosen layer, so layers behind it are never run. The encoder
+is VideoLLaMA3's too (navit.py), which has it rotate queries and keys.
+Parity: tests/parity/test_llava.py, tests/parity/test_navit.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.nn.activation import activation
 from vidlm.nn.attention import attend_all
+from vidlm.nn.decoder import rotate
 from vidlm.nn.embedding import Embedding
 
 
@@ -107,8 +109,28 @@ class Embeddings(nn.Module):
         return x + self.position_embedding.weight
 
 
+class EncoderSizes(Protocol):
+    """What the encoder needs of a tower's configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of each patch's angles, (P, 1, E) in float32
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: EncoderSizes) -> None:
         super().__init__()
         D = config.hidden_size
         self.heads = config.num_attention_heads
@@ -117,14 +139,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
         split = (self.heads, -1)
         q, k, v = (p(x).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if rope is not None:
+            q, k = (rotate(heads.float(), rope).to(heads.dtype) for heads in (q, k))
         return self.out_proj(attend_all(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: EncoderSizes) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -135,7 +159,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: EncoderSizes) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(D, eps=eps)
@@ -143,13 +167,13 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(D, eps=eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), rope)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: EncoderSizes) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 

@@ -1,0 +1,277 @@
+"""What LLaVA, LLaVA-NeXT-Video and Video-LLaVA have in common: towers of CLIP's kind, whose patches
+a projector of two layers turns into tokens, and a config.json of the same words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from vidlm.errors import ModelError, UnsupportedModel
+from vidlm.hub import read_config, read_json
+from vidlm.models.base import Kind, Media, VideoModel
+from vidlm.nn.activation import activation
+from vidlm.nn.decoder import Decoder, DecoderConfig
+from vidlm.text import Tokenizer
+from vidlm.vision.preprocess import Preprocess
+from vidlm.vision.vit import ViTConfig
+from vidlm.weights import Renames
+
+PROCESSOR_FILE = "processor_config.json"
+IMAGES_FILE = "preprocessor_config.json"
+VIDEOS_FILE = "video_preprocessor_config.json"
+CHUNK = 8  # frames encoded at a time: bounds the vision tower's memory whatever the video
+
+Layers = int | tuple[int, ...]
+
+
+# Ours are the hub's names (layout A). B: 4.52 module names; C: written by 5.x; D: 5.x in memory.
+RENAMES = Renames(
+    table=(
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (
+            r"^(?:model\.)?(vision|image|video)_tower\.(?:vision_model\.)?",
+            r"\1_tower.vision_model.",
+        ),
+        (r"^model\.(multi_modal_projector\.|image_newline$)", r"\1"),
+    ),
+    ignored=(
+        r"rotary_emb\.inv_freq$",
+        r"embeddings\.position_ids$",
+        r"_tower\.(vision_model\.)?head\.",  # SigLIP's pooling head: not part of these models
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """config.json under its own names.
+
+    `vision_config` and `text_config` may be given as mappings, whose absent keys take the defaults
+    of their model_type, or left out.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    vision_default: ClassVar[Mapping[str, Any]]  # what a config.json without vision_config means
+    aliases: ClassVar[Mapping[str, str]] = {"image_token_id": "image_token_index"}
+
+    vision_config: ViTConfig = None  # type: ignore[assignment]  # filled in __post_init__
+    text_config: DecoderConfig = None  # type: ignore[assignment]
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: Layers = -2
+    multimodal_projector_bias: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        fill = object.__setattr__
+        if not isinstance(self.vision_config, ViTConfig):
+            given = self.vision_default if self.vision_config is None else self.vision_config
+            fill(self, "vision_config", ViTConfig.from_dict(given))
+        if not isinstance(self.text_config, DecoderConfig):
+            fill(self, "text_config", DecoderConfig.from_dict(self.text_config or {}))
+        if isinstance(self.vision_feature_layer, list):
+            fill(self, "vision_feature_layer", tuple(self.vision_feature_layer))
+        check_strategy(self.vision_feature_select_strategy)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read config.json, with either spelling of renamed keys."""
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in config.items() if key in known}
+        for alias, name in cls.aliases.items():
+            if alias in config:
+                values.setdefault(name, config[alias])
+        values["dtype"] = config.get("dtype") or config.get("torch_dtype")
+        text = dict(values.get("text_config") or {})
+        if config.get("tie_word_embeddings"):
+            text["tie_word_embeddings"] = True
+        return cls(**{**values, "text_config": text})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["vision_config"] = self.vision_config.to_dict()
+        values["text_config"] = self.text_config.to_dict()
+        if isinstance(self.vision_feature_layer, tuple):
+            values["vision_feature_layer"] = list(self.vision_feature_layer)
+        if self.dtype is None:
+            del values["dtype"]
+        else:
+            values["torch_dtype"] = self.dtype
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "tie_word_embeddings": self.text_config.tie_word_embeddings,
+            **values,
+        }
+
+    @property
+    def image_token_id(self) -> int:
+        return self.image_token_index
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        return {"image": self.image_token_index}
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the decoder was trained with, times what rope_scaling divides them by."""
+        return int(self.text_config.max_position_embeddings * self.text_config.rope_factor)
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return as_layers(self.vision_feature_layer)
+
+
+@dataclass(frozen=True)
+class FrameTokens:
+    """How many placeholders a frame gets, in the words of processor_config.json."""
+
+    patch_size: int
+    num_additional_image_tokens: int  # 1 for a class token
+    vision_feature_select_strategy: str
+
+    @classmethod
+    def read(
+        cls, folder: Path, names: Mapping[str, Any], config_class: type[TowerConfig]
+    ) -> FrameTokens:
+        """From config.json, which is what the model obeys: processor_config.json (`names`) has been
+        wrong by one on the hub (728 for 729), and counts only in a folder without a model."""
+        if not (folder / "config.json").is_file():
+            missing = [f.name for f in fields(cls) if names.get(f.name) is None]
+            if missing:
+                raise ModelError(
+                    f"{folder} has no config.json, and processor_config.json does not say "
+                    f"{', '.join(missing)}; pass the folder or repository of the whole model"
+                )
+            return cls(**{f.name: names[f.name] for f in fields(cls)})
+        config = config_class.from_dict(read_config(folder))
+        vision = config.vision_config
+        strategy = config.vision_feature_select_strategy
+        return cls(vision.patch_size, int(vision.class_token), strategy)
+
+    def count(self, size: tuple[int, int]) -> int:
+        """For pixels of this height and width; "default" drops the first token."""
+        patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
+        dropped = self.vision_feature_select_strategy == "default"
+        return patches + self.num_additional_image_tokens - dropped
+
+
+class TowerProcessor:
+    """Text and media of one request; a family adds `media` and, if its media differ, `places`."""
+
+    config_class: ClassVar[type[TowerConfig]]
+    processor_class: ClassVar[str]  # its name in transformers, and what others' names begin with
+    image_class: ClassVar[Any] = Preprocess
+    takes_videos: ClassVar[bool] = False  # else a video is its frames as images
+
+    def __init__(
+        self, tokenizer: Tokenizer, pixels: tuple[Any, Any], tokens: FrameTokens, names: Any = None
+    ) -> None:
+        """`pixels` of images and of videos; `names` may hold image_token and video_token."""
+        names = names or {}
+        self.tokenizer = tokenizer
+        self.image_pixels, self.video_pixels = pixels
+        self.frame_tokens = tokens
+        self.image_token: str = names.get("image_token") or "<image>"
+        video_token: str = names.get("video_token") or "<video>"
+        self.video_token = video_token if self.takes_videos else None
+        for token, kind in ((self.image_token, "an image"), (self.video_token, "a video")):
+            if token is not None and tokenizer.backend.token_to_id(token) is None:
+                raise ModelError(
+                    f"the tokenizer has no token {token!r}, which stands for {kind}; its files are "
+                    f"not those of a checkpoint for {self.processor_class}, download them again"
+                )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read a checkpoint's folder, or one with the processor's files alone."""
+        names = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).is_file() else {}
+        images = names.get("image_processor") or read_json(folder / IMAGES_FILE)
+        videos = names.get("video_processor") or images  # one file has been enough for both
+        if not names.get("video_processor") and (folder / VIDEOS_FILE).is_file():
+            videos = read_json(folder / VIDEOS_FILE)
+        pixels = cls.image_class.from_dict(images), Preprocess.from_dict({**videos, "do_pad": None})
+        tokens = FrameTokens.read(folder, names, cls.config_class)
+        return cls(Tokenizer.from_folder(folder), pixels, tokens, names)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files and those of the processor, which transformers reads too."""
+        self.tokenizer.save(folder)
+        shared = {"processor_class": self.processor_class}
+        family = self.processor_class.removesuffix("Processor")
+        words = {"image_token": self.image_token, **asdict(self.frame_tokens)}
+        images = self.image_pixels.to_dict()
+        files = {IMAGES_FILE: images, PROCESSOR_FILE: words}
+        if self.takes_videos:
+            words["video_token"] = self.video_token
+            images["image_processor_type"] = f"{family}ImageProcessor"
+            videos = self.video_pixels.to_dict()
+            del videos["image_processor_type"]
+            files[VIDEOS_FILE] = {**videos, "video_processor_type": f"{family}VideoProcessor"}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps({**shared, **content}, indent=2) + "\n")
+
+    def places(self, media: Media) -> tuple[str, list[int]]:
+        token = self.image_token if media.kind == "image" else self.video_token
+        assert token is not None
+        return token, [media.tokens]
+
+
+def as_layers(layer: Layers) -> tuple[int, ...]:
+    return (layer,) if isinstance(layer, int) else tuple(layer)
+
+
+def check_strategy(strategy: str) -> str:
+    if strategy not in ("default", "full"):
+        raise UnsupportedModel(
+            f"vision_feature_select_strategy={strategy!r}; allowed: 'default' (class token "
+            "dropped), 'full'"
+        )
+    return strategy
+
+
+class Projector(nn.Module):
+    """Patches (..., D of the tower) -> tokens (..., D of the decoder)."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        wide = config.vision_config.hidden_size * len(config.feature_layers)
+        D, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(wide, D, bias=bias)
+        self.linear_2 = nn.Linear(D, D, bias=bias)
+        self.act = activation(config.projector_hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class TowerModel(VideoModel):
+    """A family whose decoder and head are `language_model.model` and `language_model.lm_head`."""
+
+    language_model: Any  # a CausalLM
+
+    @property
+    def decoder(self) -> Decoder:
+        decoder: Decoder = self.language_model.model
+        return decoder
+
+    @property
+    def head(self) -> nn.Linear:
+        head: nn.Linear = self.language_model.lm_head
+        return head
+
+
+def in_chunks(encode: Callable[[Tensor], Tensor], frames: Sequence[Tensor] | Tensor) -> Tensor:
+    """`encode` over frames (3, H, W), CHUNK of them at a time -> (F, M, D)."""
+    parts = (list(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK))
+    return torch.cat([encode(torch.stack(part)) for part in parts])

@@ -1,0 +1,135 @@
+"""Video-LLaVA: two towers, one for images and one for videos, and a projector that both share.
+
+Paper: Video-LLaVA (arXiv 2311.10122). Checkpoint: LanguageBind/Video-LLaVA-7B-hf (two CLIP ViT-L/14
+at 224 pixels, Vicuna 7B).
+Reference: transformers, models/video_llava. Parity: tests/parity/test_video_llava.py.
+
+Tokens: 256 of an image, whose class token is dropped; 257 of a frame of a video, whose class token
+stays, whatever vision_feature_select_strategy says. Eight frames are 2,056 tokens, and what the
+model was trained with; another number works and is warned of.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from vidlm.media import Video
+from vidlm.models.base import Encoded, Family, Kind, Media
+from vidlm.models.tower import (
+    RENAMES,
+    Layers,
+    Projector,
+    TowerConfig,
+    TowerModel,
+    TowerProcessor,
+    as_layers,
+    in_chunks,
+)
+from vidlm.nn.decoder import CausalLM
+from vidlm.vision.vit import VisionTower
+
+TRAINED_FRAMES = 8
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoLlavaConfig(TowerConfig):
+    """config.json of a Video-LLaVA checkpoint; see TowerConfig."""
+
+    model_type = "video_llava"
+    architecture = "VideoLlavaForConditionalGeneration"
+    vision_default = MappingProxyType({"model_type": "clip_vision_model"})
+    aliases = MappingProxyType({**TowerConfig.aliases, "video_token_id": "video_token_index"})
+
+    video_token_index: int = 32001
+    image_seq_length: int = 256  # kept for others: no forward pass reads these two
+    video_seq_length: int = 2056
+
+    @property
+    def video_token_id(self) -> int:
+        return self.video_token_index
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        return {"image": self.image_token_index, "video": self.video_token_index}
+
+    @property
+    def tokens_per_image(self) -> int:
+        vision, keep_all = self.vision_config, self.vision_feature_select_strategy == "full"
+        return vision.patches + vision.class_token - (not keep_all)
+
+    def tokens_per_frame(self, frames: int = TRAINED_FRAMES) -> int:
+        return self.vision_config.patches + self.vision_config.class_token
+
+
+class VideoLlavaProcessor(TowerProcessor):
+    """Images (3, H, W) and videos (F, 3, H, W), and how many placeholders each fills."""
+
+    config_class = VideoLlavaConfig
+    processor_class = "VideoLlavaProcessor"
+    takes_videos = True
+
+    def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
+        count = self.frame_tokens.count(self.image_pixels.size)
+        made = [Media(pixels, count) for pixels in self.image_pixels(images)] if images else []
+        return made + [self._video(video) for video in videos]
+
+    def _video(self, video: Video) -> Media:
+        pixels = self.video_pixels(list(video.frames))
+        F, _, H, W = pixels.shape
+        if F != TRAINED_FRAMES:
+            log.warning(
+                "%s: %d frames; Video-LLaVA was trained with %d, and answers may be worse",
+                *(video.name, F, TRAINED_FRAMES),
+            )
+        tokens = self.frame_tokens
+        patches = (H // tokens.patch_size) * (W // tokens.patch_size)
+        count = F * (patches + tokens.num_additional_image_tokens)
+        return Media(pixels, count, "video", F)
+
+
+class VideoLlavaNetwork(TowerModel):
+    """The network. Parameter names are those of the published checkpoint."""
+
+    def __init__(self, config: VideoLlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_tower = VisionTower(config.vision_config)
+        self.video_tower = VisionTower(config.vision_config)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = CausalLM(config.text_config)
+        self.tie()
+
+    def encode(
+        self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
+    ) -> list[Encoded]:
+        """Pixels (3, H, W) of each image, (F, 3, H, W) of each video -> its (M, D) features;
+        `layers` and `strategy` replace the config's."""
+        wanted = self.config.feature_layers if layers is None else as_layers(layers)
+        strategy = strategy or self.config.vision_feature_select_strategy
+
+        def images(pixels: Tensor) -> Tensor:
+            x = self.image_tower(pixels.to(self.device, self.dtype), wanted)
+            return self.multi_modal_projector(x[:, 1:] if strategy == "default" else x)
+
+        def frames(pixels: Tensor) -> Tensor:
+            x = self.video_tower(pixels.to(self.device, self.dtype), wanted)
+            return self.multi_modal_projector(x)
+
+        return [
+            Encoded(
+                in_chunks(frames, item.pixels).flatten(0, 1)
+                if item.kind == "video"
+                else images(item.pixels[None])[0]
+            )
+            for item in media
+        ]
+
+
+FAMILY = Family(VideoLlavaConfig, RENAMES, VideoLlavaProcessor, VideoLlavaNetwork)
