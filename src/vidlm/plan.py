@@ -55,7 +55,10 @@ class Plan:
     parameters    those the model uses, a tied head counted once
     stored_bytes  of all tensors in the files, used or not
     dtype         what the weights will be in memory
+    tokens_per_frame  of so many frames, 1280 x 720 pixels large where their size matters
     prompt_tokens a rough allowance for the template and the question
+    time_tokens   of the text that says when each frame was, at most; 0 where none does
+    most          the most frames that fit, where tokens_per_frame depends on how many they are
     """
 
     family: str
@@ -72,6 +75,8 @@ class Plan:
     frames: int
     max_tokens: int
     prompt_tokens: int = PROMPT_TOKENS
+    time_tokens: int = 0
+    most: int | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -79,8 +84,9 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Frames, question and a whole answer together."""
-        return self.frame_tokens + self.prompt_tokens + self.max_tokens
+        """Frames and their times, question and a whole answer together."""
+        times = self.frames * self.time_tokens
+        return self.frame_tokens + times + self.prompt_tokens + self.max_tokens
 
     @property
     def fits(self) -> bool:
@@ -89,8 +95,10 @@ class Plan:
     @property
     def most_frames(self) -> int:
         """The most frames that leave room for the question and a whole answer."""
+        if self.most is not None:
+            return self.most
         room = self.context - self.prompt_tokens - self.max_tokens
-        return max(room // self.tokens_per_frame, 0)
+        return max(room // (self.tokens_per_frame + self.time_tokens), 0)
 
     @property
     def kv_bytes(self) -> int:
@@ -104,7 +112,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, what follows from the fields included."""
         derived = ("frame_tokens", "tokens", "fits", "most_frames", "kv_bytes", "memory_bytes")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}, "note": NOTE}
+        values = {**asdict(self), **{name: getattr(self, name) for name in derived}, "note": NOTE}
+        del values["most"]  # most_frames says it in every case
+        return values
 
     def __str__(self) -> str:
         text, vision = self.text, self.vision
@@ -112,6 +122,8 @@ class Plan:
         verdict = f"yes; {most}" if self.fits else f"no, {self.tokens:,} do not; {most}"
         side = vision.image_size
         sides = f"{side} x {side} pixels" if side else "any size"
+        large = "" if side else " of 1,280 x 720 pixels"
+        times = f", {self.time_tokens} each for their times" if self.time_tokens else ""
         rows = {
             "family": self.family,
             "text": f"{text.kind}: {text.layers} layers, width {text.width:,}, {text.heads} heads "
@@ -120,9 +132,9 @@ class Plan:
             f"{sides} in patches of {vision.patch}",
             "weights": f"{_count(self.parameters)} parameters, stored as {self.stored_dtype} in "
             f"{_size(self.stored_bytes)}",
-            "tokens": f"{self.frames:,} frames x {self.tokens_per_frame:,} = "
-            f"{self.frame_tokens:,}, the question about {self.prompt_tokens}, the answer up to "
-            f"{self.max_tokens:,}",
+            "tokens": f"{self.frames:,} frames{large} x {self.tokens_per_frame:,} = "
+            f"{self.frame_tokens:,}{times}, the question about {self.prompt_tokens}, the answer up "
+            f"to {self.max_tokens:,}",
             "fits": f"{verdict} in a context of {self.context:,} tokens",
             "memory": f"{_size(self.weight_bytes)} of weights as {self.dtype} + "
             f"{_size(self.kv_bytes)} of keys and values = {_size(self.memory_bytes)};",
@@ -140,7 +152,7 @@ def plan(
 ) -> Plan:
     """The plan for a checkpoint's folder; allocates nothing.
 
-    frames  None: as many as the family takes of a video unless told
+    frames  None: as many as the family takes of a video unless told, of a long one
     dtype   None: as `vidlm.load` chooses, what the checkpoint says or is stored in
     Raises ModelError where the folder is no checkpoint that vidlm has a family for.
     """
@@ -152,7 +164,7 @@ def plan(
     family = family_of(raw)
     config = family.config.from_dict(raw)
     if frames is None:
-        frames = family.sampling.get("num_frames", 8)
+        frames = family.sampling.get("num_frames") or family.sampling["max_frames"]
     text, vision = config.text_config, config.vision_config
     entries = _entries(folder)
     stored = stored_dtype(folder)
@@ -169,7 +181,7 @@ def plan(
             text.vocab_size,
         ),
         vision=VisionShape(
-            vision.model_type.removesuffix("_vision_model"),
+            vision.model_type.removesuffix("_model").removesuffix("_vision"),
             vision.num_hidden_layers,
             vision.hidden_size,
             getattr(vision, "image_size", None),
@@ -187,7 +199,17 @@ def plan(
         tokens_per_frame=config.tokens_per_frame(frames),
         frames=frames,
         max_tokens=max_tokens,
+        time_tokens=getattr(config, "time_tokens", 0),
+        most=_most_frames(config, config.max_context - PROMPT_TOKENS - max_tokens),
     )
+
+
+def _most_frames(config: Any, room: int) -> int:
+    """The most frames whose tokens fit; more frames are smaller ones, or as large."""
+    time: int = getattr(config, "time_tokens", 0)
+    least = config.tokens_per_frame(max(room, 1)) + time  # there are no more frames than tokens
+    counts = range(max(room, 0) // least, 0, -1)
+    return next((n for n in counts if n * (config.tokens_per_frame(n) + time) <= room), 0)
 
 
 def _entries(folder: Path) -> dict[str, TensorEntry]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,15 @@ def test_what_is_saved_is_read_by_both(pair: Pair, word: str, tmp_path: Path) ->
     assert getattr(transformers, written["image_processor_type"])(**written).size == ours.size
     theirs = pair.theirs(**written)(odd(), return_tensors="pt")
     pair.compare(ours(odd(), return_tensors="pt"), dict(theirs), 1e-6)
+
+
+@pairs
+def test_what_transformers_saves(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.theirs(**deepcopy(pair.words)).save_pretrained(tmp_path)
+    assert pair.ours.from_pretrained(tmp_path).words == pair.ours(**pair.words).words
+    assert not caplog.records
 
 
 PUBLISHED = {"video_llava": "video llava", "next_video": "next", "vl3": "videollama3"}

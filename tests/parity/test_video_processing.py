@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ class Pair:
         """In both ways of saying the words: when it is made, and for one call."""
         given = words.pop("video_metadata", None)
         words = {**self.words, **words}
+        kept = deepcopy(words)  # theirs changes a size that it is given
         how = {"return_tensors": "pt", "video_metadata": given}
         theirs = dict(self.theirs(**words)(videos, **how))
-        compare(self.ours(**words)(videos, **how), theirs, tolerance)
-        compare(self.ours().preprocess(videos, **how, **words), theirs, tolerance)
+        compare(self.ours(**kept)(videos, **how), theirs, tolerance)
+        compare(self.ours().preprocess(videos, **how, **kept), theirs, tolerance)
 
 
 def compare(ours: Any, theirs: dict[str, Any], tolerance: float = 0) -> None:
@@ -175,7 +177,8 @@ def test_videos_of_several_sizes_and_lengths() -> None:
 @pairs
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_num_frames(pair: Pair, count: int) -> None:
-    pair.assert_equal(video(8), do_sample_frames=True, num_frames=count)
+    # A tensor, as an array of theirs loses its first axis where one frame is wanted.
+    pair.assert_equal(torch.tensor(video(8)), do_sample_frames=True, num_frames=count)
 
 
 @pairs
@@ -203,11 +206,15 @@ rates = st.one_of(st.sampled_from([24, 25, 29.97, 30, 59.94]), st.floats(1, 120)
 @given(total=totals, rate=rates, fps=st.floats(0.05, 60), count=st.integers(1, 2000))
 def test_the_rule_of_choice(pair: Pair, total: int, rate: float, fps: float, count: int) -> None:
     theirs, told = pair.theirs(), Metadata(total_num_frames=total, fps=rate)
+
+    def sampled(**how: Any) -> list[int]:
+        rows = theirs.sample_frames(told, **how).tolist()
+        return [row for row in rows if row < total]  # VideoLLaMA3's may be one too many: it fails
+
     wanted = {"num_frames": min(count, total)}
-    rows = theirs.sample_frames(told, **wanted).tolist()
-    assert pair.ours(**wanted).rows(total, None) == rows
+    assert pair.ours(**wanted).rows(total, None) == sampled(**wanted)
     try:
-        rows = theirs.sample_frames(told, fps=fps).tolist()
+        rows = sampled(fps=fps)
     except ValueError:  # more than there are
         with pytest.raises(ValueError, match=f"of a video that has {total}"):
             pair.ours(fps=fps).rows(total, rate)
@@ -228,6 +235,15 @@ def test_what_is_saved_is_read_by_both(pair: Pair, word: str, tmp_path: Path) ->
     assert getattr(transformers, written["video_processor_type"]) is pair.theirs
     theirs = pair.theirs.from_pretrained(tmp_path)(video(), return_tensors="pt")
     compare(ours(video(), return_tensors="pt"), dict(theirs), 1e-6)
+
+
+@pairs
+def test_what_transformers_saves(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.theirs(**deepcopy(pair.words)).save_pretrained(tmp_path)
+    assert pair.ours.from_pretrained(tmp_path).words == pair.ours(**pair.words).words
+    assert not caplog.records
 
 
 PUBLISHED = {"video_llava": "video llava", "next_video": "next", "vl3": "videollama3"}

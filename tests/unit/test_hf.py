@@ -71,7 +71,7 @@ def test_the_best_device() -> None:
         ({"device_map": "gpu"}, InvalidArgument, "allowed: 'auto', 'cpu', 'cuda'"),
         ({"device_map": {"a": 0, "b": 1}}, UnsupportedModel, "only one device"),
         ({"quantization_config": object()}, UnsupportedModel, "quantization_config"),
-        ({"attn_implementation": "magic"}, UnsupportedModel, "allowed: 'sdpa'"),
+        ({"attn_implementation": "magic"}, UnsupportedModel, "allowed: sdpa, eager"),
         ({"use_safetensors": False}, UnsupportedModel, "never pickle"),
     ],
 )

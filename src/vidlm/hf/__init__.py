@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from vidlm.hf.auto import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from vidlm.hf.cache import Cache
+from vidlm.hf.configs import CLIPVisionConfig, LlamaConfig
 from vidlm.hf.conversation import VIDEO_OPTIONS, FrameOptions
 from vidlm.hf.features import BatchFeature
+from vidlm.hf.image_processing import (
+    LlavaNextVideoImageProcessor,
+    VideoLlama3ImageProcessor,
+    VideoLlama3ImageProcessorFast,
+    VideoLlavaImageProcessor,
+)
 from vidlm.hf.llava import LlavaForConditionalGeneration, LlavaProcessor
 from vidlm.hf.llava_next_video import (
     LlavaNextVideoForConditionalGeneration,
@@ -20,6 +27,12 @@ from vidlm.hf.video_llava import (
     VideoLlavaForConditionalGeneration,
     VideoLlavaModel,
     VideoLlavaProcessor,
+)
+from vidlm.hf.video_processing import (
+    LlavaNextVideoVideoProcessor,
+    VideoLlama3VideoProcessor,
+    VideoLlavaVideoProcessor,
+    VideoMetadata,
 )
 from vidlm.hf.videollama3 import (
     VideoLlama3ForConditionalGeneration,
@@ -41,28 +54,38 @@ __all__ = [
     "AutoProcessor",
     "AutoTokenizer",
     "BatchFeature",
+    "CLIPVisionConfig",
     "Cache",
     "ForConditionalGeneration",
     "FrameOptions",
+    "LlamaConfig",
     "LlavaConfig",
     "LlavaForConditionalGeneration",
     "LlavaNextVideoConfig",
     "LlavaNextVideoForConditionalGeneration",
+    "LlavaNextVideoImageProcessor",
     "LlavaNextVideoModel",
     "LlavaNextVideoProcessor",
+    "LlavaNextVideoVideoProcessor",
     "LlavaProcessor",
     "ProcessorMixin",
     "TextIteratorStreamer",
     "TextStreamer",
     "VideoLlama3Config",
     "VideoLlama3ForConditionalGeneration",
+    "VideoLlama3ImageProcessor",
+    "VideoLlama3ImageProcessorFast",
     "VideoLlama3Model",
     "VideoLlama3Processor",
+    "VideoLlama3VideoProcessor",
     "VideoLlama3VisionConfig",
     "VideoLlama3VisionModel",
     "VideoLlavaConfig",
     "VideoLlavaForConditionalGeneration",
+    "VideoLlavaImageProcessor",
     "VideoLlavaModel",
     "VideoLlavaProcessor",
+    "VideoLlavaVideoProcessor",
+    "VideoMetadata",
     "find",
 ]

@@ -13,9 +13,10 @@ from vidlm.hf.llava_next_video import (
 )
 from vidlm.hf.loading import find, read_load_options
 from vidlm.hf.model import ForConditionalGeneration
-from vidlm.hf.processor import LOCATION, ProcessorMixin
+from vidlm.hf.processor import ProcessorMixin
 from vidlm.hf.video_llava import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 from vidlm.hf.videollama3 import VideoLlama3ForConditionalGeneration, VideoLlama3Processor
+from vidlm.hf.words import LOCATION
 from vidlm.hub import read_config, read_json
 from vidlm.models import family_of
 from vidlm.text import Tokenizer

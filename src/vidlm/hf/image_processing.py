@@ -87,7 +87,8 @@ class ImageProcessor(PixelProcessor):
         warn_of_scaled(read[0][0], made)
         return made.output(**made.pixels(*zip(*read, strict=True)))
 
-    __call__ = preprocess
+    def __call__(self, images: Any, **overrides: Any) -> BatchFeature:
+        return self.preprocess(images, **overrides)
 
     def pixels(
         self, frames: Sequence[Frame], layouts: Sequence[str]
@@ -198,7 +199,7 @@ class PatchProcessor(PixelProcessor):
     def adapted(cls, words: Mapping[str, Any]) -> Mapping[str, Any]:
         """As the family reads a file: where it has no budget, the published one and not the class's
         own, which leaves a long video next to nothing; of the native file, its tokens in pixels."""
-        if cls.for_videos and words.get("image_processor_type", "").startswith("VideoLlama3"):
+        if cls.for_videos and str(words.get("image_processor_type")).startswith("VideoLlama3"):
             words = {}  # that of images, which says nothing about videos
         said = replace(Patchify.from_dict(words, cls.for_videos), rule="hf").to_dict()
         budget = ("min_tokens", "max_tokens", "image_merge_size", "video_merge_size")
@@ -223,6 +224,12 @@ class VideoLlama3ImageProcessor(PatchProcessor, ImageProcessor):
     kind = ("image_processor_type", "VideoLlama3ImageProcessor")
     model_input_names = ("pixel_values", "image_grid_thw", "image_merge_sizes")
     for_videos = False
+
+    def preprocess(self, images: Any, videos: Any = None, **overrides: Any) -> BatchFeature:
+        """As ImageProcessor.preprocess. `videos`, once taken too, have a processor of their own."""
+        if videos is not None:
+            raise InvalidArgument("videos are not images; pass them to VideoLlama3VideoProcessor")
+        return super().preprocess(images, **overrides)
 
     def pixels(
         self, frames: Sequence[Frame], layouts: Sequence[str]
@@ -282,7 +289,14 @@ def read_frame(image: Any, words: PixelProcessor) -> tuple[Frame, str]:
 
 def channels_first(image: Any, layout: str | None) -> tuple[Tensor, str]:
     """An array or tensor -> (C, H, W), and where its channels were, which `layout` may tell."""
+    if not isinstance(image, np.ndarray | Tensor):
+        raise InvalidArgument(f"a {type(image).__name__}; give an array or a tensor")
     pixels = image.detach().cpu() if isinstance(image, Tensor) else as_tensor(image)
+    if 0 in pixels.shape or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
+        raise InvalidArgument(
+            f"an image of shape {tuple(image.shape)} and dtype {image.dtype}; give at least one "
+            "pixel, and uint8 (0 to 255) or floats"
+        )
     if pixels.ndim == 2 and layout in (NONE, None):
         return pixels[None], NONE
     if pixels.ndim != 3 or layout == NONE:

@@ -10,21 +10,39 @@ from torch import Tensor
 
 from vidlm.errors import InvalidArgument
 from vidlm.hf.forward import FeatureKeywords, TowerKeywords, answer_output, body_output
+from vidlm.hf.image_processing import LlavaNextVideoImageProcessor
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.pack import padded, stacked
-from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.processor import TOWER_WORDS, TowerProcessor
+from vidlm.hf.video_processing import LlavaNextVideoVideoProcessor
 from vidlm.models.base import Media
 from vidlm.models.llava_next_video import FAMILY, LlavaNextVideoNetwork, TiledImage
+from vidlm.text import Tokenizer
 
 
-class LlavaNextVideoProcessor(ProcessorMixin):
+class LlavaNextVideoProcessor(TowerProcessor):
     """Texts, images and videos -> input_ids, attention_mask (B, L), pixel_values (N, T, 3, S, S) of
     images, filled up with zeros to the most tiles T, image_sizes (N, 2), their height and width,
     and pixel_values_videos (V, F, 3, S, S); a list of (F, 3, S, S) where videos have different
     numbers of frames."""
 
     family = FAMILY
+    image_class = LlavaNextVideoImageProcessor
+    video_class = LlavaNextVideoVideoProcessor
+
+    def __init__(
+        self,
+        video_processor: LlavaNextVideoVideoProcessor,
+        image_processor: LlavaNextVideoImageProcessor,
+        tokenizer: Tokenizer,
+        chat_template: str | None = None,
+        **words: Any,
+    ) -> None:
+        """`words`, as in processor_config.json: patch_size (14), vision_feature_select_strategy
+        ("default"), num_additional_image_tokens (1), image_token, video_token."""
+        words = {**TOWER_WORDS, **words, "chat_template": chat_template}
+        self._assemble((image_processor, video_processor), tokenizer, words)
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         images = [item for item in media if isinstance(item, TiledImage)]

@@ -45,6 +45,9 @@ class LoadOptions:
         )
 
 
+# All name torch's scaled_dot_product_attention, whose kernel on a GPU is FlashAttention-2; weights
+# are shown (output_attentions) whichever is named.
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 KEYWORDS = (
     *("dtype", "torch_dtype", "device_map", "revision", "local_files_only", "cache_dir", "token"),
     *("attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"),
@@ -60,9 +63,14 @@ def read_load_options(kwargs: Mapping[str, Any]) -> LoadOptions:
     if kwargs.get("quantization_config") is not None:
         raise UnsupportedModel("quantization_config is not supported yet; load in dtype=bfloat16")
     attention = kwargs.get("attn_implementation")
-    if attention not in (None, "sdpa"):
+    if attention not in (None, *ATTENTION):
         raise UnsupportedModel(
-            f"attn_implementation={attention!r}; allowed: 'sdpa', or leave it out"
+            f"attn_implementation={attention!r}; allowed: {', '.join(ATTENTION)}, or leave it out"
+        )
+    if attention == "flash_attention_2" and not torch.cuda.is_available():
+        raise UnsupportedModel(
+            "attn_implementation='flash_attention_2' needs a GPU, and torch sees none; leave it "
+            "out for torch's scaled_dot_product_attention, which is what runs here"
         )
     if kwargs.get("use_safetensors") is False:
         raise UnsupportedModel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,14 +20,22 @@ from vidlm.hf.conversation import (
     read_conversation,
 )
 from vidlm.hf.features import BatchFeature
+from vidlm.hf.image_processing import ImageProcessor
 from vidlm.hf.loading import find
-from vidlm.hf.video_input import as_videos
+from vidlm.hf.video_input import Choice, as_videos
+from vidlm.hf.video_processing import VideoProcessor
+from vidlm.hf.words import ACCEPTED, LOCATION
 from vidlm.models.base import Family, Media, Prompt
+from vidlm.models.tower import FrameTokens
 from vidlm.text import Tokenizer, expand, render_chat
 
-LOCATION = ("revision", "local_files_only", "cache_dir", "token")
 PADDING = ("padding", "padding_side", "return_tensors")
-ACCEPTED = ("trust_remote_code", "use_fast", "backend")  # name what happens anyway
+TOWER_WORDS: Mapping[str, Any] = {
+    "patch_size": 14,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+CALL = ("images_kwargs", "videos_kwargs", "do_sample_frames", "video_metadata")
 
 
 class ProcessorMixin:
@@ -34,17 +43,32 @@ class ProcessorMixin:
 
     `core` is the family's own processor: it knows pixels and tokens of one request. This class
     adds batches, padding, chat templates and decoding; `collate` is a family's own form of a batch.
+    `image_processor` and `video_processor` may be changed: their words count.
     """
 
     family: ClassVar[Family]
+    image_class: ClassVar[type[ImageProcessor] | None] = None  # None: fixed pixels
+    video_class: ClassVar[type[VideoProcessor] | None] = None
 
-    def __init__(self, core: Any) -> None:
-        self.core = core
+    core: Any
+    image_processor: Any
+    video_processor: Any
+
+    @classmethod
+    def of(cls, core: Any) -> Self:
+        """A processor around a family's own."""
+        made = cls.__new__(cls)
+        made.core = core
+        made.image_processor, made.video_processor = core.image_pixels, None
+        if cls.image_class is not None and cls.video_class is not None:
+            made.image_processor = cls.image_class.of(core.image_pixels)
+            made.video_processor = cls.video_class.of(core.video_pixels)
+        return made
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
         """Read the processor files of a folder or hub repository; TypeError on unknown keywords."""
-        return cls(cls.family.processor.from_folder(find(name, **cls.location(kwargs))))
+        return cls.of(cls.family.processor.from_folder(find(name, **cls.location(kwargs))))
 
     @staticmethod
     def location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +82,7 @@ class ProcessorMixin:
         """Write tokenizer, chat template, preprocessor_config.json and processor_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.core.save(folder)
+        self._adjusted({}).save(folder)
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         """The media of a batch, images before videos, under the names that `forward` takes."""
@@ -95,11 +119,6 @@ class ProcessorMixin:
         token = self.video_token
         return None if token is None else self._id(token)
 
-    @property
-    def image_processor(self) -> Any:
-        """Images -> pixels; call it with a list of images."""
-        return self.core.image_pixels
-
     def __call__(
         self,
         images: Any = None,
@@ -114,14 +133,26 @@ class ProcessorMixin:
         images, videos  one, a flat list in the order of their placeholders, or a list per text; a
             video is an array (T, H, W, 3), a list of images, a path, a URL or a Video
         padding, padding_side, return_tensors  as the tokenizer takes them
-        num_frames, fps and the other keywords of load_video  which frames of videos to take
+        num_frames, fps and the other keywords of load_video  which frames of videos to take; of
+            frames that are given as such all are, and of files the family's usual ones, unless
+            do_sample_frames says otherwise
+        video_metadata  of videos given as frames: a mapping or object each, with fps,
+            total_num_frames and frames_indices
+        images_kwargs, videos_kwargs  words of image_processor and of video_processor for this call;
+            either may also be given as they are
 
         Each placeholder becomes as many tokens as its media has features. Rows are lists without
         return_tensors, and a single text is a batch of one. Raises InvalidArgument where
         placeholders and media differ in number.
         """
+        kwargs = {**kwargs.pop("videos_kwargs", {}), **kwargs}
         padding = {key: kwargs.pop(key) for key in PADDING if key in kwargs}
-        frames = FrameOptions(**{k: kwargs.pop(k) for k in VIDEO_OPTIONS if k in kwargs})
+        frames = Choice(
+            FrameOptions(**{k: kwargs.pop(k) for k in VIDEO_OPTIONS if k in kwargs}),
+            self.family.sampling,
+            kwargs.pop("do_sample_frames", None),
+            kwargs.pop("video_metadata", None),
+        )
         core = self._adjusted(kwargs)
         if text is None:
             raise InvalidArgument(
@@ -133,7 +164,7 @@ class ProcessorMixin:
                 f"{type(self).__name__} takes a video as its frames: pass them as images, with one "
                 f"{self.image_token} each"
             )
-        media = core.media(list(_flat(images)), as_videos(videos, frames, self.family.sampling))
+        media = core.media(list(_flat(images)), as_videos(videos, frames))
         rows = self._expanded(texts, media, add_special_tokens)
         features = BatchFeature(self.tokenizer.batch(rows, **padding))
         for name, value in (self.collate(media) if media else {}).items():
@@ -142,11 +173,23 @@ class ProcessorMixin:
         return features
 
     def _adjusted(self, kwargs: Mapping[str, Any]) -> Any:
-        """The core with the changes that a call asks for; this one knows none."""
-        for name in kwargs:
-            known = (*PADDING, *VIDEO_OPTIONS, "add_special_tokens")
-            raise unknown_keyword(f"{type(self).__name__}()", name, known)
-        return self.core
+        """The core with the words of the image and video processor, and those of one call."""
+        images = dict(kwargs.get("images_kwargs") or {})
+        words = {name: value for name, value in kwargs.items() if name != "images_kwargs"}
+        kinds = {"image": self.image_class, "video": self.video_class}
+        known = {name for kind in kinds.values() if kind is not None for name in kind.defaults}
+        for name in words:
+            if name not in known:
+                names = (*PADDING, *VIDEO_OPTIONS, *CALL, *sorted(known))
+                raise unknown_keyword(f"{type(self).__name__}()", name, names)
+        if self.image_class is None or self.video_class is None:
+            return self.core
+        for_images = {k: v for k, v in words.items() if k in self.image_class.defaults}
+        for_videos = {k: v for k, v in words.items() if k in self.video_class.defaults}
+        core = copy(self.core)
+        core.image_pixels = self.image_processor.changed({**for_images, **images}).core
+        core.video_pixels = self.video_processor.changed(for_videos).core
+        return core
 
     def _expanded(
         self, texts: Sequence[str], media: Sequence[Media], add_special_tokens: bool
@@ -254,7 +297,7 @@ class ProcessorMixin:
 
     def prompt(self, text: str, images: Sequence[Any], videos: Sequence[Any] = ()) -> Prompt:
         """One rendered request as the engine takes it."""
-        media = self.core.media(images, videos)
+        media = self._adjusted({}).media(images, videos)
         (ids,) = self._expanded([text], media, add_special_tokens=not self._has_bos(text))
         return Prompt(tuple(ids), tuple(media))
 
@@ -283,6 +326,27 @@ class ProcessorMixin:
         """Whether a template wrote the BOS token itself: the tokenizer must not add a second."""
         bos = self.tokenizer.bos_token
         return bos is not None and text.startswith(bos)
+
+
+class TowerProcessor(ProcessorMixin):
+    """A processor of the families with a tower of CLIP's kind, which can be put together."""
+
+    def _assemble(
+        self, pixels: tuple[Any, Any], tokenizer: Tokenizer, words: Mapping[str, Any]
+    ) -> None:
+        """Out of an image and a video processor, a tokenizer, and the words of
+        processor_config.json."""
+        words = dict(words)
+        template = words.pop("chat_template", None)
+        if template is not None:
+            tokenizer.chat_template = template
+        names = {name: words.pop(name, None) for name in ("image_token", "video_token")}
+        for word in words:
+            if word not in TOWER_WORDS:
+                raise unknown_keyword(type(self).__name__, word, (*TOWER_WORDS, *names))
+        self.image_processor, self.video_processor = pixels
+        cores = pixels[0].core, pixels[1].core
+        self.core = self.family.processor(tokenizer, cores, FrameTokens(**words), names)
 
 
 def _flat(images: Any) -> Iterator[Any]:

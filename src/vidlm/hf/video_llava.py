@@ -9,20 +9,36 @@ import torch
 from torch import Tensor
 
 from vidlm.hf.forward import FeatureKeywords, TowerKeywords, answer_output, body_output
+from vidlm.hf.image_processing import VideoLlavaImageProcessor
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.pack import stacked
-from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.processor import TOWER_WORDS, TowerProcessor
+from vidlm.hf.video_processing import VideoLlavaVideoProcessor
 from vidlm.models.base import Media
 from vidlm.models.video_llava import FAMILY, VideoLlavaNetwork
+from vidlm.text import Tokenizer
 
 
-class VideoLlavaProcessor(ProcessorMixin):
+class VideoLlavaProcessor(TowerProcessor):
     """Texts, images and videos -> input_ids, attention_mask (B, L), pixel_values_images
     (N, 3, H, W) and pixel_values_videos (V, F, 3, H, W); a list of (F, 3, H, W) where videos have
     different numbers of frames."""
 
     family = FAMILY
+    image_class = VideoLlavaImageProcessor
+    video_class = VideoLlavaVideoProcessor
+
+    def __init__(
+        self,
+        image_processor: VideoLlavaImageProcessor,
+        video_processor: VideoLlavaVideoProcessor,
+        tokenizer: Tokenizer,
+        **words: Any,
+    ) -> None:
+        """`words`, as in processor_config.json: patch_size (14), vision_feature_select_strategy
+        ("default"), num_additional_image_tokens (1), image_token, video_token; chat_template."""
+        self._assemble((image_processor, video_processor), tokenizer, {**TOWER_WORDS, **words})
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         images = [item.pixels for item in media if item.kind == "image"]

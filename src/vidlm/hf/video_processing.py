@@ -98,14 +98,14 @@ class VideoProcessor(PixelProcessor):
             fps, frames_indices. Choosing by fps needs its fps.
         return_metadata  adds "video_metadata", a list of VideoMetadata
 
-        Of arrays that many are taken as transformers takes, evenly spread; of a file, num_frames
-        are too, and fps are those on screen every 1/fps seconds.
+        Of frames that are given, transformers' rule takes as many as num_frames or fps make, evenly
+        spread; of a file fps takes those that are on screen every 1/fps seconds.
         """
         made = self.changed(overrides)
         sources = list(flat_videos(videos, grey=made.input_data_format == NONE))
         if not sources:
             raise InvalidArgument("no videos were given; pass at least one")
-        told = _told(made.video_metadata, len(sources))
+        told = read_metadata(made.video_metadata, len(sources))
         explicit = any(overrides.get(name) for name in ("do_sample_frames", "num_frames", "fps"))
         clips = [made.clip(*pair, explicit) for pair in zip(sources, told, strict=True)]
         warn_of_scaled(clips[0].frames[0], made)
@@ -114,7 +114,8 @@ class VideoProcessor(PixelProcessor):
             features["video_metadata"] = [clip.metadata for clip in clips]
         return features
 
-    __call__ = preprocess
+    def __call__(self, videos: Any, **overrides: Any) -> BatchFeature:
+        return self.preprocess(videos, **overrides)
 
     def pixels(self, clips: Sequence[Clip]) -> dict[str, Tensor | list[Tensor]]:
         """What `output` takes."""
@@ -132,6 +133,8 @@ class VideoProcessor(PixelProcessor):
     def clip(self, source: Any, told: VideoMetadata | None, explicit: bool) -> Clip:
         """The frames of one video that are wanted."""
         if isinstance(source, list | np.ndarray | Tensor):
+            if not len(source):
+                raise InvalidArgument("a video without frames; give at least one frame")
             metadata = told or VideoMetadata(len(source), None, None, [*range(len(source))])
             frames = source
             if self.do_sample_frames:
@@ -188,11 +191,10 @@ class VideoProcessor(PixelProcessor):
             )
 
 
-class VideoLlavaVideoProcessor(VideoProcessor):
-    """Videos for Video-LLaVA: each frame as an image -> pixel_values_videos (B, T, 3, H, W)."""
+class FrameProcessor(VideoProcessor):
+    """Each frame as an image, shortest edge and centre crop, -> (B, T, 3, H, W)."""
 
     defaults: ClassVar[Mapping[str, Any]] = {**CLIP_WORDS, **CHOICE}
-    kind = ("video_processor_type", "VideoLlavaVideoProcessor")
     model_input_names = ("pixel_values_videos",)
 
     @property
@@ -205,8 +207,14 @@ class VideoLlavaVideoProcessor(VideoProcessor):
         return {name: laid_out(made, [clip.layout for clip in clips], self)}
 
 
-class LlavaNextVideoVideoProcessor(VideoLlavaVideoProcessor):
-    """Videos for LLaVA-NeXT-Video: likewise, with no tiles."""
+class VideoLlavaVideoProcessor(FrameProcessor):
+    """Videos for Video-LLaVA -> pixel_values_videos (B, T, 3, H, W)."""
+
+    kind = ("video_processor_type", "VideoLlavaVideoProcessor")
+
+
+class LlavaNextVideoVideoProcessor(FrameProcessor):
+    """Videos for LLaVA-NeXT-Video -> pixel_values_videos (B, T, 3, S, S), without tiles."""
 
     ignored = (*IGNORED, "image_grid_pinpoints")  # in the one file that its images have too
     kind = ("video_processor_type", "LlavaNextVideoVideoProcessor")
@@ -217,8 +225,8 @@ class VideoLlama3VideoProcessor(PatchProcessor, VideoProcessor):
     video_grid_thw (n, 3), each video's patches in time, down and across, video_merge_sizes (n,),
     and video_compression_mask (tokens of all,), True for those that are kept.
 
-    Without words `size` is transformers' own default, which is small: 8 tokens a frame for 64
-    frames. A checkpoint's file, and `from_pretrained` without one, mean 252.
+    Without words `size` is transformers' own default, which is small: of 64 frames of 1280 x 720
+    it leaves 8 tokens each, where the published files, and `from_pretrained` without one, mean 252.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -301,7 +309,7 @@ def _is_frame(item: Any, grey: bool) -> bool:
     return isinstance(item, Image.Image)
 
 
-def _told(metadata: Any, count: int) -> list[VideoMetadata | None]:
+def read_metadata(metadata: Any, count: int) -> list[VideoMetadata | None]:
     """What is said about each of so many videos."""
     if metadata is None:
         return [None] * count

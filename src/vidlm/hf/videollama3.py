@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument
 from vidlm.hf.forward import AnswerKeywords, ForwardKeywords, answer_output, body_output
+from vidlm.hf.image_processing import VideoLlama3ImageProcessor
 from vidlm.hf.loading import find
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.video_processing import VideoLlama3VideoProcessor
 from vidlm.models.base import Kind, Media
 from vidlm.models.videollama3 import FAMILY, Patches, VideoLlama3Network
+from vidlm.text import Tokenizer
 from vidlm.vision.navit import NaViT
 
 NAMES: Mapping[str, Kind] = {"pixel_values": "image", "pixel_values_videos": "video"}
@@ -33,13 +37,35 @@ class VideoLlama3Processor(ProcessorMixin):
     """
 
     family = FAMILY
+    image_class = VideoLlama3ImageProcessor
+    video_class = VideoLlama3VideoProcessor
+
+    def __init__(
+        self,
+        image_processor: VideoLlama3ImageProcessor,
+        tokenizer: Tokenizer,
+        video_processor: VideoLlama3VideoProcessor,
+        chat_template: str | None = None,
+    ) -> None:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        self.image_processor, self.video_processor = image_processor, video_processor
+        pixels = image_processor.core, video_processor.core
+        self.core = FAMILY.processor(tokenizer, *pixels)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
         rule = kwargs.pop("rule", "hf")
         if rule not in ("hf", "native"):
             raise InvalidArgument(f"rule={rule!r}; allowed: 'hf', 'native'")
-        return cls(FAMILY.processor.from_folder(find(name, **cls.location(kwargs)), rule))
+        return cls.of(FAMILY.processor.from_folder(find(name, **cls.location(kwargs)), rule))
+
+    def _adjusted(self, kwargs: Mapping[str, Any]) -> Any:
+        """The words of image and video processor do not say the rule."""
+        core = super()._adjusted(kwargs)
+        core.image_pixels = replace(core.image_pixels, rule=self.core.image_pixels.rule)
+        core.video_pixels = replace(core.video_pixels, rule=self.core.video_pixels.rule)
+        return core
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         batch: dict[str, Any] = {}

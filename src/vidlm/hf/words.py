@@ -93,6 +93,12 @@ class PixelProcessor:
             square = name == "crop_size" or bool(words.get("default_to_square"))
             setattr(self, name, deepcopy(default) if value is None else _word(name, value, square))
 
+    @classmethod
+    def of(cls, core: Any) -> Self:
+        """The processor whose core this is."""
+        words = cls.adapted(core.to_dict())
+        return cls(**{name: value for name, value in words.items() if name in cls.defaults})
+
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2)}"
 

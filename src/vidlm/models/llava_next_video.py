@@ -3,7 +3,7 @@
 Source: https://llava-vl.github.io/blog/2024-04-30-llava-next-video. Checkpoints, llava-hf/:
 LLaVA-NeXT-Video-7B-hf and -7B-DPO-hf (Vicuna 7B), -7B-32K-hf (Mistral 7B), -34B-hf (Yi 34B), all
 with CLIP ViT-L/14 at 336 pixels.
-Reference: transformers, models/llava_next_video. Parity: tests/parity/test_llava_next_video.py.
+Reference: transformers, models/llava_next_video. Parity: tests/parity/test_video_families.py.
 
 Tokens: of a frame 24 x 24 / 4 = 144, pooled before the projector; of an image 576 of the whole, and
 of its tiles what is left without padding, with a newline behind each row (vidlm.vision.anyres):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vidlm.errors import ModelError, UnsupportedModel
 from vidlm.hub import read_config, read_json
-from vidlm.models.base import Kind, Media, VideoModel
+from vidlm.models.base import Config, Kind, Media, Processor, VideoModel
 from vidlm.nn.activation import activation
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.text import Tokenizer
@@ -202,7 +202,10 @@ class TowerProcessor:
             videos = read_json(folder / VIDEOS_FILE)
         pixels = cls.image_class.from_dict(images), Preprocess.from_dict({**videos, "do_pad": None})
         tokens = FrameTokens.read(folder, names, cls.config_class)
-        return cls(Tokenizer.from_folder(folder), pixels, tokens, names)
+        made = cls(Tokenizer.from_folder(folder), pixels, tokens, names)
+        if (folder / "config.json").is_file():
+            check_placeholders(made, cls.config_class.from_dict(read_config(folder)), folder)
+        return made
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
@@ -225,6 +228,20 @@ class TowerProcessor:
         token = self.image_token if media.kind == "image" else self.video_token
         assert token is not None
         return token, [media.tokens]
+
+
+def check_placeholders(processor: Processor, config: Config, folder: Path) -> None:
+    """Raise ModelError where the model waits for another token than the tokenizer makes: the ids
+    changed between revisions of LLaVA-NeXT-Video-34B."""
+    tokens = {"image": processor.image_token, "video": processor.video_token}
+    for kind, expected in config.placeholders.items():
+        token = tokens[kind]
+        id = None if token is None else processor.tokenizer.backend.token_to_id(token)
+        if id != expected:
+            raise ModelError(
+                f"config.json in {folder} says that {expected} stands for {kind}s, the tokenizer "
+                f"has {id} for {token!r}; the files are of different versions, download all again"
+            )
 
 
 def as_layers(layer: Layers) -> tuple[int, ...]:

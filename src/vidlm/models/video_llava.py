@@ -2,7 +2,7 @@
 
 Paper: Video-LLaVA (arXiv 2311.10122). Checkpoint: LanguageBind/Video-LLaVA-7B-hf (two CLIP ViT-L/14
 at 224 pixels, Vicuna 7B).
-Reference: transformers, models/video_llava. Parity: tests/parity/test_video_llava.py.
+Reference: transformers, models/video_llava. Parity: tests/parity/test_video_families.py.
 
 Tokens: 256 of an image, whose class token is dropped; 257 of a frame of a video, whose class token
 stays, whatever vision_feature_select_strategy says. Eight frames are 2,056 tokens, and what the
@@ -44,7 +44,17 @@ class VideoLlavaConfig(TowerConfig):
 
     model_type = "video_llava"
     architecture = "VideoLlavaForConditionalGeneration"
-    vision_default = MappingProxyType({"model_type": "clip_vision_model"})
+    vision_default = MappingProxyType(
+        {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+        }
+    )
     aliases = MappingProxyType({**TowerConfig.aliases, "video_token_id": "video_token_index"})
 
     video_token_index: int = 32001

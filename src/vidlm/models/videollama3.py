@@ -2,9 +2,9 @@
 
 Paper: VideoLLaMA 3 (arXiv 2501.13106). Checkpoints: lkhl/VideoLLaMA3-2B-Image-HF in transformers'
 layout, DAMO-NLP-SG/VideoLLaMA3-2B, -7B, -2B-Image, -7B-Image in the authors' own; Qwen2.5.
-Reference: transformers, models/video_llama_3. Parity: tests/parity/test_videollama3.py. Where the
-authors' processor differs, transformers' is followed; theirs has the name rule="native"
-(vidlm.vision.patches says how they differ).
+Reference: transformers, models/video_llama_3. Parity: tests/parity/test_video_families.py, and of
+the authors' layout test_videollama3_native.py. Where the authors' processor differs, transformers'
+is followed; theirs has the name rule="native" (vidlm.vision.patches says how they differ).
 
 Tokens: of an image one for 14 x 14 pixels, at most 16,384; of a frame one for 28 x 28, of at most
 16,384 for the whole video, less those whose pixels repeat the frame before. The prompt names the
@@ -21,10 +21,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidlm.errors import InvalidArgument, ModelError
+from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel
 from vidlm.hub import read_config, read_json
 from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Kind, Media, VideoModel
+from vidlm.models.tower import check_placeholders
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.text import Tokenizer
 from vidlm.vision.navit import NaViT, NaViTConfig
@@ -32,11 +33,15 @@ from vidlm.vision.patches import Grid, Patchify, Rule, sizes_of_call
 from vidlm.weights import Renames
 
 NATIVE = "videollama3_qwen2"  # model_type of the authors' layout
+NATIVE_PROJECTOR = "mlp2x_gelu"  # the one that was published, and its class's default
+# Of a revision on the hub from before transformers took the model in and renamed it.
+EARLY_VISION = "videollama3_vision"
 PROCESSOR_FILE = "processor_config.json"
 IMAGES_FILE = "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
 VIDEO_TOKEN = "<|video_pad|>"
 QWEN_VIDEO_ID = 151656  # of VIDEO_TOKEN; the native layout has one token for images and frames
+NATIVE_IMAGE_ID = 151665  # of that one, "<image>"
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,30 @@ class VideoLlama3Config:
         """Read config.json, with either spelling of renamed keys."""
         dtype = config.get("dtype") or config.get("torch_dtype")
         if config.get("model_type") == NATIVE:
-            text = {**config, "model_type": "qwen2"}  # lies flat beside the rest
-            vision = config.get("vision_encoder_config") or {}
-            image = config.get("image_token_index", 151665)
-            return cls(text, vision, image, dtype=dtype)  # type: ignore[arg-type]
+            return cls._native(config, dtype)
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in config.items() if key in known}
         text = dict(values.get("text_config") or {})
         if config.get("tie_word_embeddings"):
             text["tie_word_embeddings"] = True
-        return cls(**{**values, "text_config": text, "dtype": dtype})
+        vision = dict(values.get("vision_config") or {})
+        if vision.get("model_type") == EARLY_VISION:
+            vision["model_type"] = NaViTConfig.model_type
+        read = {"text_config": text, "vision_config": vision, "dtype": dtype}
+        return cls(**{**values, **read})
+
+    @classmethod
+    def _native(cls, config: Mapping[str, Any], dtype: str | None) -> VideoLlama3Config:
+        """Read the authors' config.json, where the decoder's words lie flat beside the rest."""
+        projector = config.get("mm_projector_type", NATIVE_PROJECTOR)
+        if projector != NATIVE_PROJECTOR:
+            raise UnsupportedModel(
+                f"mm_projector_type={projector!r} in config.json; supported: {NATIVE_PROJECTOR!r}, "
+                "which the published checkpoints have"
+            )
+        text: Any = {**config, "model_type": "qwen2"}
+        vision: Any = config.get("vision_encoder_config")
+        return cls(text, vision, config.get("image_token_index", NATIVE_IMAGE_ID), dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that transformers reads too."""
@@ -99,6 +118,12 @@ class VideoLlama3Config:
     @property
     def max_context(self) -> int:
         return int(self.text_config.max_position_embeddings * self.text_config.rope_factor)
+
+    @property
+    def time_tokens(self) -> int:
+        """Of the text around a frame's placeholders at most, "Time 179.0s:" and ",": Qwen2.5's
+        tokenizer has one for each digit."""
+        return 10
 
     def tokens_per_frame(self, frames: int = 1) -> int:
         pixels = Patchify.from_dict({"patch_size": self.vision_config.patch_size}, video=True)
@@ -168,13 +193,17 @@ class VideoLlama3Processor:
         if native:  # one file for both, the rest of it elsewhere
             keys = ("image_merge_size", "video_merge_size")
             images = {**images, **{key: names[key] for key in keys if key in names}}
-            videos = {"use_token_compression": config.get("use_token_compression"), **images}
+            compress = config.get("use_token_compression", True)  # absent: the class's default
+            videos = {"use_token_compression": compress, **images}
         pixels = (
             replace(Patchify.from_dict(images, video=False), rule=rule),
             replace(Patchify.from_dict(videos or {}, video=True), rule=rule),
         )
         token = names.get("image_token") or ("<image>" if native else "<|image_pad|>")
-        return cls(Tokenizer.from_folder(folder), *pixels, token)
+        made = cls(Tokenizer.from_folder(folder), *pixels, token)
+        if config:
+            check_placeholders(made, VideoLlama3Config.from_dict(config), folder)
+        return made
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
@@ -279,5 +308,5 @@ FAMILY = Family(
     RENAMES,
     VideoLlama3Processor,
     VideoLlama3Network,
-    sampling={"sampling": "videollama3"},
+    sampling={"sampling": "videollama3", "max_frames": 180},
 )
