@@ -11,6 +11,7 @@ import doctest
 import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -76,11 +77,12 @@ def fenced(text: str) -> list[Snippet]:
 
 def prompted(text: str, line: int = 0) -> list[Snippet]:
     """The lines behind >>> and ... as one snippet, at the places they have in the text."""
-    code, shown = "", []
-    for example in doctest.DocTestParser().get_examples(text):
-        code += "\n" * (example.lineno - code.count("\n")) + example.source
-        shown += [example.want.strip()] if example.want else []
-    return [Snippet(code, line, tuple(shown))] if code else []
+    examples = doctest.DocTestParser().get_examples(text)
+    code, first = "", examples[0].lineno
+    for example in examples:
+        code += "\n" * (example.lineno - first - code.count("\n")) + example.source
+    shown = tuple(example.want.strip() for example in examples if example.want)
+    return [Snippet(code, line + first, shown)]
 
 
 # A page that lost its fences: the first line of each snippet, and the first behind it.
@@ -160,7 +162,7 @@ def stub_downloads(patch: pytest.MonkeyPatch, media: Path) -> None:
         return SimpleNamespace(raw=io.BytesIO((media / url.rpartition("/")[2]).read_bytes()))
 
     patch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
-    patch.setitem(__import__("sys").modules, "requests", SimpleNamespace(get=get))
+    patch.setitem(sys.modules, "requests", SimpleNamespace(get=get))
 
 
 # ---- tiny checkpoints ----------------------------------------------------------------------------
@@ -293,9 +295,7 @@ def in_markdown(text: str) -> Documentation:
 
 
 ENTRY = re.compile(r"^(?:class transformers\.)?(\w+)\n\n< >\n\n(?=\()", re.M)
-ARGUMENT = re.compile(
-    r"(\w+)(?:: .+?)??(?: = (.+?))?(?= \w+: | \w+ = | skip_special_tokens = |$)", re.M
-)
+ARGUMENT = re.compile(r"(\w+)(?:: .+?)??(?: = (.+?))?(?= \w+: | \w+ = |$)", re.M)
 BULLET = re.compile(r"^  • (\w+) \(", re.M)
 
 

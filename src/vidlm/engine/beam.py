@@ -53,7 +53,8 @@ def search(
     more; the search writes to it.
     """
     params = request.params
-    prompt = tuple(set(request.prompt.ids))  # thousands of them are one placeholder
+    # Thousands of a prompt's ids are one placeholder.
+    prompt = tuple(set(request.prompt.ids)) if model.penalises_prompt else ()
     beams, rows = [_Beam((), 0.0, kv)], logits[None]
     finished: list[_Candidate] = []
     while True:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vidlm.engine.kv import SequenceKV
 from vidlm.engine.timing import Timings
-from vidlm.models.base import Prompt, VideoModel, insert
+from vidlm.models.base import Prompt, VideoModel, insert, memory_of
 from vidlm.nn.step import packed
 
 
@@ -22,8 +23,15 @@ def prefill(model: VideoModel, prompt: Prompt, kv: SequenceKV, timings: Timings)
         ids = torch.tensor(prompt.ids, device=model.device)
         placeholders = model.config.placeholders
         x = insert(model.embed(ids), ids, placeholders, prompt.media, encoded)
-        hidden = model.hidden(x, packed([len(ids)], model.device, [kv]))
+        kv.memory = memory_of(encoded)
+        step = packed([len(ids)], model.device, [kv])
+        if kv.memory is not None:
+            step = replace(step, readers=model.readers(ids))
+        hidden = model.hidden(x, step)
         kv.advance(len(ids))
+        if kv.memory is not None:
+            kv.memory.forget_tokens()
+            kv.memory = kv.memory if model.memory_in_decode else None
         return model.logits(hidden[-1:])[0].float()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidlm.nn.step import Memory
+
 
 class SequenceKV:
     """The KV of `vidlm.nn.step`: one (K, capacity, E) buffer for keys and one for values a layer.
@@ -14,6 +16,7 @@ class SequenceKV:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.memory: Memory | None = None  # what its layers attend to beside it; forks share it
         self._length = 0
         self._layers: list[tuple[Tensor, Tensor]] = []
 
@@ -40,7 +43,7 @@ class SequenceKV:
     def fork(self) -> SequenceKV:
         """An independent copy, for a beam that parts from its parent."""
         twin = SequenceKV(self.capacity)
-        twin._length = self._length
+        twin._length, twin.memory = self._length, self.memory
         for pair in self._layers:
             copies = tuple(torch.empty_like(part) for part in pair)
             for copy, part in zip(copies, pair, strict=True):

@@ -116,7 +116,8 @@ def run(
                 found = beam.search(model, request, logits, kv, budget)
             yield from _all_at_once(i, found)
             continue
-        sampler = Sampler(request.params, request.prompt.ids, model.device)
+        counted = request.prompt.ids if model.penalises_prompt else ()
+        sampler = Sampler(request.params, counted, model.device)
         live.append((_Sequence(i, request.params, sampler, kv, budget, stopped), logits))
     while live:
         with timings.stage("decode"):

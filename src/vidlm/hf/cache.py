@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument
+from vidlm.nn.step import Memory
 
 
 class GrowingKV:
@@ -16,6 +17,7 @@ class GrowingKV:
 
     def __init__(self) -> None:
         self.length = 0
+        self.memory: Memory | None = None
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ def states(model: VideoModel, call: Call) -> States:
     use_cache = call.use_cache if call.use_cache is not None else not model.training
     if cache is None and use_cache:
         cache = Cache(len(mask))
-    step = _step(call, mask, cache)
+    step = _with_memory(model, call, mask, encoded, _step(call, mask, cache))
     packed = model.hidden(x, step)
     past = torch.zeros(len(mask), 0, dtype=torch.bool, device=mask.device)
     if cache is not None:

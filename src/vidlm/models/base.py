@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument
 from vidlm.media import Video
 from vidlm.nn.decoder import Decoder
-from vidlm.nn.step import Step
+from vidlm.nn.step import Memory, Step
 from vidlm.text import Tokenizer
 from vidlm.weights import Renames
 
@@ -88,6 +88,8 @@ class VideoModel(nn.Module):
     """The seam between families and engine. Everything is token-packed; see `vidlm.nn.step`."""
 
     config: Any
+    memory_in_decode: bool = False  # whether generated tokens, too, attend to a prompt's memory
+    penalises_prompt: bool = True  # whether a repetition penalty counts the prompt's tokens
 
     @property
     def decoder(self) -> Decoder:
@@ -108,6 +110,11 @@ class VideoModel(nn.Module):
     def hidden(self, x: Tensor, step: Step) -> Tensor:
         """(T, D) -> (T, D) after the last norm"""
         return self.decoder(x, step)
+
+    def readers(self, ids: Tensor) -> Tensor:
+        """Which of a prompt's tokens (T,) attend to its memory: (T,) bool. Here, all text."""
+        media = torch.tensor(list(self.config.placeholders.values()), device=ids.device)
+        return torch.isin(ids, media, invert=True)
 
     def logits(self, h: Tensor) -> Tensor:
         """(T, D) -> (T, V)"""
@@ -166,6 +173,12 @@ class Family:
     processor: type[Any]
     model: type[VideoModel]
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"num_frames": 8})
+
+
+def memory_of(encoded: Sequence[Encoded]) -> Memory | None:
+    """The memory of a prompt with these media: theirs, one behind the other."""
+    parts = [item.memory for item in encoded if item.memory is not None]
+    return Memory(torch.cat(parts)) if parts else None
 
 
 def insert(

@@ -48,6 +48,12 @@ def _shown(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
     return torch.cat(rows)
 
 
+def attend_memory(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Without a mask: q (n, H, E) over keys and values (K, S, E) -> (n, H, E)."""
+    out = _full(q.transpose(0, 1)[None], keys[None], values[None], causal=False)
+    return out[0].transpose(0, 1)
+
+
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask inside each frame: (F, P, H, E) each -> (F, P, H, E)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (F, H, P, E)

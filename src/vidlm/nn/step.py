@@ -8,7 +8,7 @@ can run in one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,8 +16,35 @@ import torch
 from torch import Tensor
 
 
+class Memory:
+    """What layers may attend to beside a sequence's own tokens, and its keys and values in each
+    layer, which are made once.
+
+    tokens  (S, D), as all layers get them; None once they are forgotten
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens: Tensor | None = tokens
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def project(
+        self, layer: int, make: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (K, S, E) of a layer, which `make` makes of the tokens."""
+        if layer not in self._made:
+            assert self.tokens is not None  # every layer has met them before they are forgotten
+            self._made[layer] = make(self.tokens)
+        return self._made[layer]
+
+    def forget_tokens(self) -> None:
+        """Free the tokens, once every layer that reads them has made its keys and values."""
+        self.tokens = None
+
+
 class KV(Protocol):
     """Keys and values of one sequence's earlier tokens, for every layer."""
+
+    memory: Memory | None
 
     @property
     def length(self) -> int:
@@ -34,6 +61,7 @@ class Segment:
     start: int
     stop: int
     kv: KV | None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +85,16 @@ class Step:
     lengths    new tokens of each sequence; they add up to T
     kv         where each sequence's earlier keys and values are, or None to run without a cache
                (each sequence then starts at its first token here: training, scoring)
+    memory     of each sequence, or None where no sequence has one
+    readers    (T,) bool: the tokens that attend to their sequence's memory; None: all of them
     trace      where layers leave what the caller asked to see
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     kv: tuple[KV, ...] | None = None
+    memory: tuple[Memory | None, ...] | None = None
+    readers: Tensor | None = None
     trace: Trace = field(default_factory=Trace)
 
     @property
@@ -73,7 +105,8 @@ class Step:
     def segments(self) -> Iterator[Segment]:
         start = 0
         for i, length in enumerate(self.lengths):
-            yield Segment(start, start + length, self.kv[i] if self.kv else None)
+            kv, memory = self.kv[i] if self.kv else None, self.memory[i] if self.memory else None
+            yield Segment(start, start + length, kv, memory)
             start += length
 
     def last_rows(self) -> list[int]:
@@ -82,8 +115,11 @@ class Step:
 
 
 def packed(lengths: Sequence[int], device: torch.device, kv: Sequence[KV] | None = None) -> Step:
-    """A step of sequences that continue after whatever `kv` holds of them."""
+    """A step of sequences that continue after whatever `kv` holds of them, memory included."""
     pasts = [store.length for store in kv] if kv is not None else [0] * len(lengths)
     spans = [torch.arange(past, past + n) for past, n in zip(pasts, lengths, strict=True)]
     positions = torch.cat(spans).to(device)
-    return Step(positions, tuple(lengths), tuple(kv) if kv is not None else None)
+    if kv is None:
+        return Step(positions, tuple(lengths))
+    memory = tuple(store.memory for store in kv)
+    return Step(positions, tuple(lengths), tuple(kv), memory if any(memory) else None)
