@@ -71,7 +71,9 @@ def fenced(text: str) -> list[Snippet]:
     found = []
     for block in FENCE.finditer(text):
         line = text.count("\n", 0, block.start(1))
-        found += prompted(block[1], line) if block[1].startswith(">>>") else [Snippet(block[1], line)]
+        found += (
+            prompted(block[1], line) if block[1].startswith(">>>") else [Snippet(block[1], line)]
+        )
     return found
 
 
@@ -170,11 +172,11 @@ def stub_downloads(patch: pytest.MonkeyPatch, media: Path) -> None:
 # Every word of the pages' prompts is a token, so that these are about as long as they really are.
 WORDS = 640
 PROMPTS = (
-    "USER: Why is this video funny? ASSISTANT: Why is this funny? USER: What's shown in this image?",
-    " How many cats are there in the image? ASSISTANT: There are two cats. There are two cats USER:",
+    "USER: Why is this video funny? ASSISTANT: Why is this funny? USER: What do you see in this",
+    " How many cats are there in the image? ASSISTANT: There are two cats. There are two cats",
     " How many cats do you see? What do you see in this video? A baby reading a book. the it",
-    " system user assistant\nDescribe this image. What happened in the video? What color is a banana",
-    " Where is the cat standing? Time 0.0s: 1.0s: 2.0s: 3.0s: 4.0s: 5.0s:,",
+    " system user assistant\nDescribe this image. What happened in the video? Where is the cat",
+    " standing? What color is a banana? Time 0.0s: 1.0s: 2.0s: 3.0s: 4.0s: 5.0s:,",
 )
 # As the published template has it: all images, all videos, then the texts, each with a space.
 VICUNA = """\
@@ -372,3 +374,8 @@ PAGES = {
         wide(FORMS["videollama3-tied"]),
     ),
 }
+
+
+def write_checkpoints(folder: Path) -> dict[str, Path]:
+    """A tiny one for each page."""
+    return {family: write_checkpoint(folder / family, page.form) for family, page in PAGES.items()}

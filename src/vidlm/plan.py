@@ -212,6 +212,11 @@ def _most_frames(config: Any, room: int) -> int:
     return next((n for n in counts if n * (config.tokens_per_frame(n) + time) <= room), 0)
 
 
+def sampling(folder: Path) -> dict[str, Any]:
+    """Which frames of a video the folder's family takes unless told, as load_video's keywords."""
+    return dict(family_of(read_config(folder)).sampling)
+
+
 def _entries(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint, from the headers of its files."""
     where = weight_files(folder)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from vidlm import LlavaForConditionalGeneration, LlavaProcessor, TextIteratorStreamer, TextStreamer
 from vidlm.errors import InvalidArgument
 from vidlm.hf.generation import read_call
@@ -158,3 +159,28 @@ def test_what_streamers_refuse(
     TextStreamer(processor, clean_up_tokenization_spaces=False)
     with pytest.raises(InvalidArgument, match="set it on the tokenizer"):
         TextStreamer(processor, clean_up_tokenization_spaces=True)
+
+
+def test_max_length_counts_media_once_where_they_alone_exceed_it(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> None:
+    inputs = processor(tiny.pictures(2), "<image><image>why?", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    text = length - 2 * tiny.FRAME_TOKENS
+    options = {"eos_token_id": [], "do_sample": False}
+    assert model.generate(**inputs, max_length=length + 3, **options).shape[1] == length + 3
+    assert model.generate(**inputs, max_length=text + 2 + 4, **options).shape[1] == length + 4
+    with pytest.raises(InvalidArgument, match="leaves nothing"):
+        model.generate(**inputs, max_length=text + 2, **options)
+
+
+def test_none_switches_off_what_the_file_says() -> None:
+    file = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    options = {"prompt_length": 3, "eos": None}
+    kept = read_call({"max_new_tokens": 5}, file, **options).params
+    assert (kept.temperature, kept.top_k, kept.repetition_penalty) == (0.7, 20, 1.1)
+    call = {"max_new_tokens": None, "top_k": None, "repetition_penalty": None}
+    off = read_call(call, file, **options).params
+    assert (off.temperature, off.top_k, off.repetition_penalty) == (0.7, 0, 1.0)
+    greedy = {"do_sample": False, "temperature": None, "repetition_penalty": None}
+    assert read_call(greedy, file, **options).params.temperature == 0

@@ -31,14 +31,15 @@ def info(given: Info) -> None:
     """With a video, for as many frames as would be taken of it."""
     from vidlm.hf import find
     from vidlm.media import load_video
-    from vidlm.plan import plan
+    from vidlm.plan import plan, sampling
 
     folder = find(given.model)
     plans = plan(folder, frames=given.frames, dtype=given.dtype)
     video = None
     if given.video is not None:
         check_sources([given.video])
-        video = load_video(read(given.video), num_frames=plans.frames)
+        taken = sampling(folder) if given.frames is None else {"num_frames": given.frames}
+        video = load_video(read(given.video), **taken)
         plans = plan(folder, frames=len(video), dtype=given.dtype)
     if given.json:
         about = _about(video) if video else None

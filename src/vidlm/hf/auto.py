@@ -14,6 +14,7 @@ from vidlm.hf.llava_next_video import (
 from vidlm.hf.loading import find, read_load_options
 from vidlm.hf.model import ForConditionalGeneration
 from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.slowfast import LlavaQwenSlowFastForCausalLM, SlowFastProcessor
 from vidlm.hf.video_llava import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 from vidlm.hf.videollama3 import VideoLlama3ForConditionalGeneration, VideoLlama3Processor
 from vidlm.hf.words import LOCATION
@@ -26,6 +27,7 @@ MODELS: tuple[type[ForConditionalGeneration], ...] = (
     LlavaNextVideoForConditionalGeneration,
     VideoLlavaForConditionalGeneration,
     VideoLlama3ForConditionalGeneration,
+    LlavaQwenSlowFastForCausalLM,
 )
 PROCESSOR_FILE = "processor_config.json"
 PROCESSORS: tuple[type[ProcessorMixin], ...] = (
@@ -33,6 +35,7 @@ PROCESSORS: tuple[type[ProcessorMixin], ...] = (
     LlavaNextVideoProcessor,
     VideoLlavaProcessor,
     VideoLlama3Processor,
+    SlowFastProcessor,
 )
 
 
@@ -72,7 +75,7 @@ class AutoModelForImageTextToText:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ForConditionalGeneration:
-        family = family_of(read_config(read_load_options(kwargs).folder(name)))
+        family = family_of(read_config(_folder(name, kwargs)))
         for model in MODELS:
             if model.family is family:
                 return model.from_pretrained(name, **kwargs)

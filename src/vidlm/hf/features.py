@@ -30,8 +30,14 @@ class BatchFeature(UserDict[str, Any]):
                 device = arg
             elif arg is not None:
                 raise InvalidArgument(f"to() got {arg!r}; it takes a device and a dtype")
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+                return [moved(each) for each in value]
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
         for name, value in self.data.items():
-            if isinstance(value, torch.Tensor):
-                floats = value.is_floating_point()
-                self.data[name] = value.to(device=device, dtype=dtype if floats else None)
+            self.data[name] = moved(value)
         return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypedDict, get_type_hints
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from vidlm.errors import InvalidArgument, unknown_keyword
 from vidlm.hf.cache import Cache
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
-from vidlm.hf.pack import flatten, mask_of, unpack
-from vidlm.models.base import Encoded, Kind, Media, VideoModel, insert
+from vidlm.hf.pack import flatten, mask_of, share, unpack
+from vidlm.models.base import Encoded, Kind, Media, VideoModel, insert, memory_of
 from vidlm.nn.step import Step, Trace
 
 IGNORED = -100
@@ -167,6 +168,33 @@ def placeholder_ids(model: VideoModel, embeds: Tensor) -> Tensor:
     return ids
 
 
+def _with_memory(
+    model: VideoModel, call: Call, mask: Tensor, encoded: Sequence[Encoded], step: Step
+) -> Step:
+    """The step with what each row's media leave its layers to attend to, if they do."""
+    if all(item.memory is None for item in encoded):
+        kept = tuple(store.memory for store in step.kv or ())
+        return replace(step, memory=kept) if any(kept) else step
+    if call.input_ids is None:
+        raise InvalidArgument("media with a memory need input_ids, which say whose they are")
+    ids = call.input_ids.to(mask.device)
+    rows: list[list[Encoded]] = [[] for _ in mask]
+    for kind, placeholder in model.config.placeholders.items():
+        mine = [e for m, e in zip(call.media, encoded, strict=True) if m.kind == kind]
+        wanted = ((ids == placeholder) & mask).sum(1).tolist()
+        ahead = iter(mine)
+        for row, count in zip(
+            rows, share(wanted, [len(e.tokens) for e in mine], kind), strict=True
+        ):
+            row += islice(ahead, count)
+    made = tuple(memory_of(row) for row in rows)
+    if step.kv is not None and model.memory_in_decode:
+        for store, memory in zip(step.kv, made, strict=True):
+            store.memory = memory
+    readers = torch.cat([model.readers(row[real]) for row, real in zip(ids, mask, strict=True)])
+    return replace(step, memory=made, readers=readers)
+
+
 def _shown_mask(call: Call, cache: Cache | None) -> Tensor:
     """The mask of the call's own tokens as far as the call alone tells."""
     mask = call.attention_mask if cache is None else None
@@ -206,7 +234,7 @@ def _step(call: Call, mask: Tensor, cache: Cache | None) -> Step:
         attentions=[] if call.output_attentions else None,
     )
     kv = cache.rows if cache is not None else None
-    return Step(positions[mask], tuple(mask.sum(1).tolist()), kv, trace)
+    return Step(positions[mask], tuple(mask.sum(1).tolist()), kv, trace=trace)
 
 
 def _spread(rows: Sequence[Tensor], mask: Tensor, past: Tensor) -> Tensor:

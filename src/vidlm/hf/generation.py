@@ -35,6 +35,8 @@ SAMPLED_TOP_K = 50  # transformers' own default once do_sample is on
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 # What may stand beside do_sample=False: values that mean no sampling, or sampling unfiltered.
 NEUTRAL = {"temperature": (0, 1), "top_k": (0,), "top_p": (1,), "min_p": (0,)}
+# What a call's None means for these, as in transformers: not to use them.
+OFF = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 # Accepted with this value alone: it names what happens anyway.
 FIXED: Mapping[str, Any] = {
     "use_cache": True,
@@ -59,12 +61,17 @@ def read_call(
     defaults: Mapping[str, Any],
     *,
     prompt_length: int,
+    written: int | None = None,
     eos: int | tuple[int, ...] | None,
 ) -> GenerateCall:
     """Merge a call's keywords over a checkpoint's generation_config.json.
 
     Sampling is on with do_sample=True, and also where the call gives temperature, top_k, top_p or
     min_p without a do_sample: asking for a temperature and getting greedy answers helps nobody.
+    A penalty or filter given as None is off, whatever the file says; of other keywords None means
+    that nothing was said.
+    `written` is the length of a prompt in which every image and video is one token; see
+    _new_tokens.
     """
     given = {ALIASES.get(name, name): value for name, value in kwargs.items() if value is not None}
     for name, value in list(given.items()):
@@ -74,12 +81,14 @@ def read_call(
             del given[name]
         elif name not in DEFAULTS:
             raise unknown_keyword("generate()", name, (*DEFAULTS, *ALIASES, *FIXED, "streamer"))
-    base = {k: v for k, v in defaults.items() if k in DEFAULTS and v is not None}
+    off = {name: kwargs[name] for name in OFF if kwargs.get(name, name) is None}
+    known = {k: v for k, v in defaults.items() if k in DEFAULTS and v is not None}
+    base = {k: v for k, v in known.items() if k not in off}
     sample = _samples(given, base)
-    merged = {**DEFAULTS, **base, **given}
+    merged = {**DEFAULTS, **base, **{name: OFF[name] for name in off}, **given}
     ends = _ids(merged["eos_token_id"] if merged["eos_token_id"] is not None else eos)
     params = SamplingParams(
-        max_new_tokens=_new_tokens(given, base, prompt_length),
+        max_new_tokens=_new_tokens(given, base, prompt_length, written),
         min_new_tokens=merged["min_new_tokens"] or 0,
         repetition_penalty=_or(merged["repetition_penalty"], 1.0),
         seed=merged["seed"],
@@ -130,13 +139,22 @@ def _filters(merged: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _new_tokens(given: Mapping[str, Any], base: Mapping[str, Any], prompt_length: int) -> int:
-    """max_new_tokens wins over max_length, which counts the prompt; the call wins over the file."""
+def _new_tokens(
+    given: Mapping[str, Any], base: Mapping[str, Any], prompt_length: int, written: int | None
+) -> int:
+    """max_new_tokens wins over max_length, which counts the prompt; the call wins over the file.
+
+    Where media alone exceed max_length, each image and video counts as the one token that was
+    written for it: so transformers counted when it put media in place inside the model, and the
+    models' pages say max_length=50 to that day's answers.
+    """
     for source in (given, base):
         if "max_new_tokens" in source:
             return int(source["max_new_tokens"])
         if "max_length" in source:
             room = int(source["max_length"]) - prompt_length
+            if room < 1 and written is not None:
+                room = int(source["max_length"]) - written
             if room < 1:
                 raise InvalidArgument(
                     f"max_length={source['max_length']} leaves nothing after a prompt of "

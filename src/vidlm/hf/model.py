@@ -45,15 +45,27 @@ class PretrainedModel(VideoModel):
     family: ClassVar[Family]
     media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     keywords: ClassVar[type] = AnswerKeywords
+    returns_prompt: ClassVar[bool] = True  # whether `generate` repeats the prompt's ids
+    options: ClassVar[tuple[str, ...]] = ()  # keywords of from_pretrained that the config takes
     folder: Path | None = None
 
     def media(self, inputs: Mapping[str, Any]) -> list[Media]:
         """Media as `forward` takes them, a tensor a name, one by one: images before videos."""
         raise NotImplementedError
 
+    def expand(self, ids: Tensor, mask: Tensor, media: Sequence[Media]) -> tuple[Tensor, Tensor]:
+        """Rows (B, L) and their mask with placeholders as often as the media fill them; here they
+        have to be so already."""
+        return ids, mask
+
     @classmethod
     def renames(cls) -> Renames:
         return cls.family.renames
+
+    @classmethod
+    def adapted(cls, config: Any, folder: Path, options: Mapping[str, Any]) -> Any:
+        """The config with what the folder's files and `options` say otherwise."""
+        return config
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
@@ -66,9 +78,10 @@ class PretrainedModel(VideoModel):
         Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; TypeError on an
         unknown keyword.
         """
+        own = {key: kwargs.pop(key) for key in cls.options if key in kwargs}
         options = read_load_options(kwargs)
         folder = options.folder(name)
-        config = cls.family.config.from_dict(read_config(folder))
+        config = cls.adapted(cls.family.config.from_dict(read_config(folder)), folder, own)
         with torch.device("meta"):
             model = cls(config)
         load_model(model, folder, cls.renames(), options)
@@ -133,7 +146,13 @@ class PretrainedModel(VideoModel):
         strategy = keywords.pop("vision_feature_select_strategy", None)
         encode = {"layers": layers, "strategy": strategy}
         encode = {name: value for name, value in encode.items() if value is not None}
-        return Call(input_ids, attention_mask, self.media(inputs), keywords, encode)
+        media = self.media(inputs)
+        if input_ids is not None and media:
+            mask = mask_of(input_ids, None, attention_mask)
+            wide, shown = self.expand(input_ids, mask, media)
+            if wide is not input_ids:
+                input_ids, attention_mask = wide, shown
+        return Call(input_ids, attention_mask, media, keywords, encode)
 
 
 class BaseModel(PretrainedModel):
@@ -200,7 +219,8 @@ class ForConditionalGeneration(PretrainedModel):
         Media come under the names that `forward` takes them by. Further keywords, as in
         transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_strings (or stop),
-        num_beams, length_penalty, early_stopping, eos_token_id, pad_token_id. What the call leaves
+        num_beams, length_penalty, early_stopping, eos_token_id, pad_token_id. Where media alone
+        exceed max_length, each counts as the one token written for it. What the call leaves
         out comes from `generation_config`, then from the checkpoint's generation_config.json.
         Raises TypeError on an unknown keyword, naming the nearest known one. As in transformers, a
         prompt or answer beyond the model's context is warned of and runs; `vidlm.load(...).ask`
@@ -210,9 +230,10 @@ class ForConditionalGeneration(PretrainedModel):
         eos = self.config.text_config.eos_token_id
         try:
             inputs = {name: kwargs.pop(name, None) for name in self.media_inputs}
-            call = read_call(kwargs, defaults, prompt_length=input_ids.shape[1], eos=eos)
-            mask = mask_of(input_ids, None, attention_mask)
-            prompts = self._prompts(input_ids, mask, inputs)
+            shown = input_ids if self.returns_prompt else input_ids[:, :0]
+            prompts = self._prompts(input_ids, mask_of(input_ids, None, attention_mask), inputs)
+            lengths = {"prompt_length": shown.shape[1], "written": _written(prompts)}
+            call = read_call(kwargs, defaults, **lengths, eos=eos)
             watcher = self._tokenizer(call, tokenizer)
             requests = [Request(p, call.params, strict=False) for p in prompts]
             self._warn_of_length(requests)
@@ -222,12 +243,12 @@ class ForConditionalGeneration(PretrainedModel):
             elif len(prompts) > 1 or call.params.num_beams > 1:
                 raise InvalidArgument("a streamer takes one request and num_beams=1")
             else:
-                answers = [_streamed(tokens, input_ids, streamer)]
+                answers = [_streamed(tokens, shown, streamer)]
         except BaseException as error:
             if hasattr(streamer, "fail"):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
-        return _joined(input_ids, answers, call.pad_token_id)
+        return _joined(shown, answers, call.pad_token_id)
 
     def _warn_of_length(self, requests: Sequence[Request]) -> None:
         limit: int = self.config.max_context
@@ -242,6 +263,7 @@ class ForConditionalGeneration(PretrainedModel):
     def _prompts(self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> list[Prompt]:
         """Rows without their padding, each with the media its placeholders stand for."""
         media = self.media({k: v for k, v in inputs.items() if v is not None})
+        ids, mask = self.expand(ids, mask, media)
         rows: list[list[Media]] = [[] for _ in ids]
         for kind, placeholder in self.config.placeholders.items():
             mine = [item for item in media if item.kind == kind]
@@ -262,6 +284,11 @@ class ForConditionalGeneration(PretrainedModel):
         if given is not None:
             return getattr(given, "tokenizer", given)
         return Tokenizer.from_folder(self.folder) if self.folder is not None else None
+
+
+def _written(prompts: Sequence[Prompt]) -> int:
+    """Length of the longest prompt as it was written, each image and video as one token."""
+    return max(len(p.ids) - sum(item.tokens - 1 for item in p.media) for p in prompts)
 
 
 def _own_tokens(config: Any) -> dict[str, Any]:

@@ -67,8 +67,9 @@ class CausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """What a vision tower returns: (P, D) or (F, P, D) states, of every layer where asked for."""
+    """What VideoLLaMA3's vision tower returns: last_hidden_state (M, D), hidden_states (P, D) of
+    every layer, and attentions, of every layer one (1, H, P, P) for each frame."""
 
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    attentions: tuple[list[Tensor], ...] | None = None

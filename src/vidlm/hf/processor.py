@@ -102,12 +102,18 @@ class ProcessorMixin:
         self.tokenizer.chat_template = template
 
     @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Which frames of a video to take unless told, as load_video's keywords."""
+        own: Mapping[str, Any] | None = getattr(self.core, "sampling", None)
+        return self.family.sampling if own is None else own
+
+    @property
     def image_token(self) -> str:
         return str(self.core.image_token)
 
     @property
     def image_token_id(self) -> int:
-        return self._id(self.image_token)
+        return self.placeholder(self.image_token)
 
     @property
     def video_token(self) -> str | None:
@@ -117,7 +123,7 @@ class ProcessorMixin:
     @property
     def video_token_id(self) -> int | None:
         token = self.video_token
-        return None if token is None else self._id(token)
+        return None if token is None else self.placeholder(token)
 
     def __call__(
         self,
@@ -149,7 +155,7 @@ class ProcessorMixin:
         padding = {key: kwargs.pop(key) for key in PADDING if key in kwargs}
         frames = Choice(
             FrameOptions(**{k: kwargs.pop(k) for k in VIDEO_OPTIONS if k in kwargs}),
-            self.family.sampling,
+            self.sampling,
             kwargs.pop("do_sample_frames", None),
             kwargs.pop("video_metadata", None),
         )
@@ -218,9 +224,9 @@ class ProcessorMixin:
                 counts[match[0]] += fills
                 return inner
 
-            row = self.tokenizer.encode(pattern.sub(place, text), add_special_tokens)
+            row = self.encode(pattern.sub(place, text), add_special_tokens)
             for token, fills in counts.items():
-                row = expand(row, self._id(token), fills)
+                row = expand(row, self.placeholder(token), fills)
             rows.append(row)
         return rows
 
@@ -275,7 +281,7 @@ class ProcessorMixin:
 
     def read(self, messages: Sequence[Mapping[str, Any]], options: FrameOptions) -> Conversation:
         """Load the media of one conversation."""
-        how = Reading(options, self.family.sampling, as_images=self.video_token is None)
+        how = Reading(options, self.sampling, as_images=self.video_token is None)
         return read_conversation(messages, how)
 
     def render(
@@ -317,7 +323,12 @@ class ProcessorMixin:
         rows = [generated_outputs] if one_row else generated_outputs
         return self.batch_decode(rows, skip_special_tokens, **kwargs)
 
-    def _id(self, token: str) -> int:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, each placeholder in it once."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def placeholder(self, token: str) -> int:
+        """The id of an image's or a video's token."""
         id = self.tokenizer.convert_tokens_to_ids(token)
         assert id is not None  # the family's processor has looked
         return id

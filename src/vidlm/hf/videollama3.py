@@ -203,22 +203,33 @@ class VideoLlama3VisionModel(nn.Module):
         grid_thw: Tensor,
         merge_sizes: Tensor,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         return_dict: bool = True,
     ) -> Any:
         """pixel_values (patches of all, 588), grid_thw (N, 3), merge_sizes (N,) -> features (M, D)
-        of all, normed and merged; hidden_states as transformers has them, (patches, D) each."""
+        of all, normed and merged; hidden_states as transformers has them, (patches, D) each, and
+        attentions, for every layer one (1, H, P, P) a frame."""
         counts = grid_thw.prod(1).tolist()
         states: list[list[Tensor]] = []
+        weights: list[list[list[Tensor]]] = []  # of each item, each layer, each frame
         features = []
         media = zip(
             pixel_values.split(counts), grid_thw.tolist(), merge_sizes.tolist(), strict=True
         )
         for rows, grid, merge in media:
             states.append([])
+            weights.append([])
             hidden = states[-1] if output_hidden_states else None
-            features.append(self.encoder(rows, tuple(grid), merge, hidden))
+            seen = weights[-1] if output_attentions else None
+            features.append(self.encoder(rows, tuple(grid), merge, hidden, seen))
         layers = tuple(torch.cat(layer) for layer in zip(*states, strict=True))
-        output = BaseModelOutput(torch.cat(features), layers if output_hidden_states else None)
+        frames = zip(*weights, strict=True)
+        attentions = tuple([w for item in layer for w in item] for layer in frames)
+        output = BaseModelOutput(
+            torch.cat(features),
+            layers if output_hidden_states else None,
+            attentions if output_attentions else None,
+        )
         return output if return_dict else output.to_tuple()
 
 

@@ -13,6 +13,7 @@ FAMILIES = {  # model_type -> module with a FAMILY
     "llava": "vidlm.models.llava",
     "llava_next_video": "vidlm.models.llava_next_video",
     "video_llava": "vidlm.models.video_llava",
+    "llava_qwen_slow_fast": "vidlm.models.slowfast",
     "video_llama_3": "vidlm.models.videollama3",
     "videollama3_qwen2": "vidlm.models.videollama3",  # the authors' own layout
 }

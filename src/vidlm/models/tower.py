@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vidlm.errors import ModelError, UnsupportedModel
 from vidlm.hub import read_config, read_json
-from vidlm.models.base import Config, Kind, Media, Processor, VideoModel
+from vidlm.models.base import Kind, Media, VideoModel
 from vidlm.nn.activation import activation
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.text import Tokenizer
@@ -204,7 +204,9 @@ class TowerProcessor:
         tokens = FrameTokens.read(folder, names, cls.config_class)
         made = cls(Tokenizer.from_folder(folder), pixels, tokens, names)
         if (folder / "config.json").is_file():
-            check_placeholders(made, cls.config_class.from_dict(read_config(folder)), folder)
+            config = cls.config_class.from_dict(read_config(folder))
+            named: dict[Kind, str | None] = {"image": made.image_token, "video": made.video_token}
+            check_placeholders(made.tokenizer, named, config.placeholders, folder)
         return made
 
     def save(self, folder: Path) -> None:
@@ -217,7 +219,8 @@ class TowerProcessor:
         files = {IMAGES_FILE: images, PROCESSOR_FILE: words}
         if self.takes_videos:
             words["video_token"] = self.video_token
-            images["image_processor_type"] = f"{family}ImageProcessor"
+            if self.image_class is Preprocess:  # others say whose they are
+                images["image_processor_type"] = f"{family}ImageProcessor"
             videos = self.video_pixels.to_dict()
             del videos["image_processor_type"]
             files[VIDEOS_FILE] = {**videos, "video_processor_type": f"{family}VideoProcessor"}
@@ -230,13 +233,17 @@ class TowerProcessor:
         return token, [media.tokens]
 
 
-def check_placeholders(processor: Processor, config: Config, folder: Path) -> None:
-    """Raise ModelError where the model waits for another token than the tokenizer makes: the ids
-    changed between revisions of LLaVA-NeXT-Video-34B."""
-    tokens = {"image": processor.image_token, "video": processor.video_token}
-    for kind, expected in config.placeholders.items():
+def check_placeholders(
+    tokenizer: Tokenizer,
+    tokens: Mapping[Kind, str | None],
+    ids: Mapping[Kind, int],
+    folder: Path,
+) -> None:
+    """Raise ModelError where config.json's `ids` are not those of `tokens`: they changed between
+    revisions of LLaVA-NeXT-Video-34B, and the model would wait for what never comes."""
+    for kind, expected in ids.items():
         token = tokens[kind]
-        id = None if token is None else processor.tokenizer.backend.token_to_id(token)
+        id = None if token is None else tokenizer.backend.token_to_id(token)
         if id != expected:
             raise ModelError(
                 f"config.json in {folder} says that {expected} stands for {kind}s, the tokenizer "

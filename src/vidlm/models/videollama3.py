@@ -39,7 +39,8 @@ EARLY_VISION = "videollama3_vision"
 PROCESSOR_FILE = "processor_config.json"
 IMAGES_FILE = "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
-VIDEO_TOKEN = "<|video_pad|>"
+TOKENIZER_FILE = "tokenizer_config.json"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 QWEN_VIDEO_ID = 151656  # of VIDEO_TOKEN; the native layout has one token for images and frames
 NATIVE_IMAGE_ID = 151665  # of that one, "<image>"
 
@@ -168,7 +169,7 @@ class VideoLlama3Processor:
         tokenizer: Tokenizer,
         image_pixels: Patchify,
         video_pixels: Patchify,
-        image_token: str = "<|image_pad|>",
+        image_token: str = IMAGE_TOKEN,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_pixels, self.video_pixels = image_pixels, video_pixels
@@ -199,15 +200,21 @@ class VideoLlama3Processor:
             replace(Patchify.from_dict(images, video=False), rule=rule),
             replace(Patchify.from_dict(videos or {}, video=True), rule=rule),
         )
-        token = names.get("image_token") or ("<image>" if native else "<|image_pad|>")
+        token = names.get("image_token") or ("<image>" if native else IMAGE_TOKEN)
         made = cls(Tokenizer.from_folder(folder), *pixels, token)
         if config:
-            check_placeholders(made, VideoLlama3Config.from_dict(config), folder)
+            ids = VideoLlama3Config.from_dict(config).placeholders
+            named: dict[Kind, str | None] = {"image": token, "video": VIDEO_TOKEN}
+            check_placeholders(made.tokenizer, named, ids, folder)
         return made
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
         self.tokenizer.save(folder)
+        if self.image_token != IMAGE_TOKEN:  # transformers asks the tokenizer whether it is another
+            path = folder / TOKENIZER_FILE
+            words = {**read_json(path), "extra_special_tokens": {"image_token": self.image_token}}
+            path.write_text(json.dumps(words, ensure_ascii=False, indent=2) + "\n", "utf-8")
         shared = {"processor_class": "VideoLlama3Processor"}
         files = {
             IMAGES_FILE: self.image_pixels.to_dict(),

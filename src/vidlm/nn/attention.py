@@ -60,6 +60,11 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _full(q, k, v, causal=False).transpose(1, 2)
 
 
+def weigh_all(q: Tensor, k: Tensor) -> Tensor:
+    """The weights of attend_all: (F, P, H, E) each -> (F, H, P, P)."""
+    return _weights(q.transpose(1, 2), k.transpose(1, 2), causal=False)
+
+
 def _uniform(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
     """Sequences of one length and no cache: the batched operator takes them all at once."""
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))  # (B, ., n, E)

@@ -228,12 +228,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(self.layer(i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def layer(self, index: int) -> nn.Module:
-        """A new layer for this place; a family may have other ones in some."""
-        return Layer(self.config, index)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         trace = step.trace.hidden

@@ -42,6 +42,9 @@ class NaViTConfig:
     patch_size: int = 16
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
+    num_channels: int = 3
+    attention_dropout: float = 0.0  # these two matter to training alone
+    initializer_range: float = 0.02
     rope_theta: float = 10000.0
 
     @classmethod
@@ -70,7 +73,6 @@ class NaViTConfig:
         return {
             "model_type": self.model_type,
             **values,
-            "num_channels": 3,
             "rope_parameters": rope,
         }
 
@@ -124,13 +126,19 @@ class NaViT(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, rows: Tensor, grid: Grid, merge: int, hidden: list[Tensor] | None = None
+        self,
+        rows: Tensor,
+        grid: Grid,
+        merge: int,
+        hidden: list[Tensor] | None = None,
+        attentions: list[list[Tensor]] | None = None,
     ) -> Tensor:
         """One image or video: (t · h · w, 3 · patch²) -> (t · h · w / merge², D).
 
         `hidden` collects the state before each layer and after the last one, not yet normed nor
-        merged, (t · h · w, D) each: transformers' `hidden_states`. The attention of a frame is its
-        own, so frames are encoded PATCHES at a time.
+        merged, (t · h · w, D) each: transformers' `hidden_states`; `attentions` of every layer the
+        weights of each frame, (1, H, P, P). The attention of a frame is its own, so frames are
+        encoded PATCHES at a time.
 
         Raises InvalidArgument where rows, grid and merge do not fit each other.
         """
@@ -138,21 +146,27 @@ class NaViT(nn.Module):
         t, h, w = grid
         rope = self._rope(h, w, merge)
         kept: list[list[Tensor]] = [[] for _ in range(len(self.encoder.layers) + 1)]
+        seen: list[list[Tensor]] = [[] for _ in self.encoder.layers]
         features = []
         for frames in rows.unflatten(0, (t, h * w)).split(max(1, PATCHES // (h * w))):
-            for depth, x in enumerate(self._states(frames, rope)):  # (F, P, D)
+            weights: list[Tensor] | None = None if attentions is None else []
+            for depth, x in enumerate(self._states(frames, rope, weights)):  # (F, P, D)
                 if hidden is not None:
                     kept[depth].append(x)
             features.append(downsample(self.post_layernorm(x), merge))
+            for depth, layer in enumerate(weights or ()):
+                seen[depth] += layer.split(1)
         if hidden is not None:
             hidden += [torch.cat(parts).flatten(0, 1) for parts in kept]
+        if attentions is not None:
+            attentions += seen
         return torch.cat(features)
 
-    def _states(self, rows: Tensor, rope: Rope) -> Iterator[Tensor]:
+    def _states(self, rows: Tensor, rope: Rope, weights: list[Tensor] | None) -> Iterator[Tensor]:
         x = self.embeddings(rows)
         yield x
         for layer in self.encoder.layers:
-            x = layer(x, rope)
+            x = layer(x, rope, weights)
             yield x
 
     def _rope(self, h: int, w: int, merge: int) -> Rope:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -128,6 +129,24 @@ class Preprocess:
             return self.resize
         H, W = pixels.shape[1:]
         return shortest_edge((H, W), self.resize)
+
+
+class PillowPreprocess(Preprocess):
+    """The same with the arithmetic of transformers before it used torch: Pillow's resize, numpy's
+    rounding. Bit-equal to the processor that Slow-Fast was trained with."""
+
+    def one(self, frame: Frame) -> Tensor:
+        pixels = to_pixels(frame)  # (3, H, W)
+        if self.resize is not None:
+            height, width = self._target(pixels)
+            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            pixels = as_tensor(np.asarray(image.resize((width, height), Resampling.BICUBIC)))
+            pixels = pixels.permute(2, 0, 1)
+        if self.crop is not None:
+            pixels = centre_crop(pixels, self.crop)
+        values = (pixels.double() * self.rescale).float()
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return (values - mean) / std
 
 
 def shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.nn.activation import activation
-from vidlm.nn.attention import attend_all
+from vidlm.nn.attention import attend_all, weigh_all
 from vidlm.nn.decoder import rotate
 from vidlm.nn.embedding import Embedding
 
@@ -139,11 +139,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, weights: list[Tensor] | None = None
+    ) -> Tensor:
         split = (self.heads, -1)
         q, k, v = (p(x).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
         if rope is not None:
             q, k = (rotate(heads.float(), rope).to(heads.dtype) for heads in (q, k))
+        if weights is not None:
+            weights.append(weigh_all(q, k))
         return self.out_proj(attend_all(q, k, v).flatten(2))
 
 
@@ -167,8 +171,11 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(D, eps=eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), rope)
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        """`weights` collects those of the layer's attention, (F, H, P, P)."""
+        x = x + self.self_attn(self.layer_norm1(x), rope, weights)
         return x + self.mlp(self.layer_norm2(x))
 
 

@@ -1,0 +1,1 @@
+"""Loading as the research code does it."""
