@@ -164,7 +164,8 @@ def plan(
     family = family_of(raw)
     config = family.config.from_dict(raw)
     if frames is None:
-        frames = family.sampling.get("num_frames") or family.sampling["max_frames"]
+        usual = family.sampling_of(config)
+        frames = usual.get("num_frames") or usual["max_frames"]
     text, vision = config.text_config, config.vision_config
     entries = _entries(folder)
     stored = stored_dtype(folder)
@@ -214,7 +215,9 @@ def _most_frames(config: Any, room: int) -> int:
 
 def sampling(folder: Path) -> dict[str, Any]:
     """Which frames of a video the folder's family takes unless told, as load_video's keywords."""
-    return dict(family_of(read_config(folder)).sampling)
+    raw = read_config(folder)
+    family = family_of(raw)
+    return dict(family.sampling_of(family.config.from_dict(raw)))
 
 
 def _entries(folder: Path) -> dict[str, TensorEntry]:

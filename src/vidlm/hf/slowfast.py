@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vidlm.errors import InvalidArgument
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.forward import AnswerKeywords, answer_output
 from vidlm.hf.image_processing import flat_images
@@ -115,7 +116,13 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
         made = []
         for name, kind in NAMES.items():
             for pixels in inputs.get(name, ()):
-                frames = pixels if pixels.ndim == 4 else pixels[None]
+                frames = torch.as_tensor(pixels)
+                frames = frames[None] if frames.ndim == 3 else frames
+                if frames.ndim != 4:
+                    raise InvalidArgument(
+                        f"{name} with pixels of shape {tuple(frames.shape)}; allowed: (F, 3, S, S) "
+                        "of a video, (3, S, S) of an image"
+                    )
                 count = self.config.fast_tokens(len(frames))
                 made.append(Media(frames, count, kind, len(frames)))
         return made

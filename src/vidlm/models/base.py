@@ -174,6 +174,11 @@ class Family:
     model: type[VideoModel]
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"num_frames": 8})
 
+    def sampling_of(self, config: Any) -> Mapping[str, Any]:
+        """That of a checkpoint, whose config may say its own."""
+        own: Mapping[str, Any] | None = getattr(config, "sampling", None)
+        return self.sampling if own is None else own
+
 
 def memory_of(encoded: Sequence[Encoded]) -> Memory | None:
     """The memory of a prompt with these media: theirs, one behind the other."""

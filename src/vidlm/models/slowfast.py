@@ -136,6 +136,11 @@ class SlowFastConfig:
         return self.tokenizer_model_max_length or self.text_config.max_position_embeddings
 
     @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The frames of a video that the authors' demo takes."""
+        return {"sampling": "linspace", "num_frames": self.mm_training_video_frames}
+
+    @property
     def hybrid_layers(self) -> range:
         """The decoder layers in which text attends to slow tokens."""
         first = self.cross_attn_min_layer_depth or 0
@@ -200,8 +205,7 @@ class SlowFastProcessor:
         side = config.vision_config.image_size
         pixels = PillowPreprocess(side, (side, side), CLIP_MEAN, CLIP_STD)
         self.image_pixels = self.video_pixels = pixels
-        frames = config.mm_training_video_frames
-        self.sampling = {"sampling": "linspace", "num_frames": frames}  # as the authors' demo
+        self.sampling = config.sampling
 
     @classmethod
     def from_folder(cls, folder: Path) -> SlowFastProcessor:

@@ -30,6 +30,7 @@ from vidlm.text.files import (
     with_legacy,
 )
 from vidlm.text.stream import clean_up
+from vidlm.text.vocabulary import from_vocabulary
 
 ARRAY_LIBRARY = {"np": "numpy", "pt": "torch"}
 
@@ -47,6 +48,23 @@ class _IdOf:
     def __set__(self, owner: Tokenizer, value: int | None) -> None:
         token = None if value is None else owner.convert_ids_to_tokens(value)
         setattr(owner, self.attribute, token)
+
+
+def _backend(folder: Path) -> Backend:
+    path = folder / "tokenizer.json"
+    try:
+        backend = Backend.from_file(str(path)) if path.is_file() else from_vocabulary(folder)
+    except Exception as error:  # the library raises nothing more precise
+        raise ModelError(
+            f"{path} is not a tokenizer: {error}; download or save the file again"
+        ) from error
+    if backend is None:
+        raise ModelError(
+            f"{folder} has no tokenizer.json (tokenizer.model alone is not enough); save one "
+            "into it with transformers: AutoTokenizer.from_pretrained(folder, use_fast=True)"
+            ".save_pretrained(folder)"
+        )
+    return backend
 
 
 class Tokenizer:
@@ -86,24 +104,13 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
-        """Read tokenizer.json and the small files around it.
+        """Read tokenizer.json, or vocab.json and merges.txt of a Qwen2 tokenizer, and the small
+        files around it.
 
         Raises ModelError if tokenizer.json is missing or broken, or the files disagree.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(
-                f"{folder} has no tokenizer.json (tokenizer.model alone is not enough); save one "
-                "into it with transformers: AutoTokenizer.from_pretrained(folder, use_fast=True)"
-                ".save_pretrained(folder)"
-            )
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise ModelError(
-                f"{path} is not a tokenizer: {error}; download or save the file again"
-            ) from error
+        backend = _backend(folder)
         config = optional(folder / "tokenizer_config.json")
         template = find_template(folder, config)
         for key, value in optional(folder / "special_tokens_map.json").items():

@@ -8,8 +8,8 @@ Everything is channels-last: (F, H, W, C), C innermost. The norms and the two pr
 98% of the work, then read and write whole rows, and a convolution sees the same memory as NCHW.
 
 There are two ways through a block. `Block.forward` is the plain one, and the one with gradients.
-`overwrite` computes the same in place, some rows at a time, where no gradient is asked for.
-Measured by benchmarks/slowfast_vision.py.
+`overwrite` does the same in place, some rows at a time, on a CPU where no gradient is asked for.
+What that is worth: benchmarks/slowfast_vision.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +25,26 @@ from torch.nn.functional import gelu, linear
 
 from vidlm.errors import InvalidArgument, UnsupportedModel
 
-STEM, STRIDE = 4, 32  # pixels of a side that one row stands for: after the stem, in the end
+STEM, STRIDE = 4, 32  # pixels of a side that become one place: after the stem, and in the end
 
-# Bytes of the stem's map of the frames encoded at a time: 4 frames of the published tower in
-# bfloat16, 2 in float32. It is the largest map, and at most a dozen of its size are alive at once
-# (the plain way: x, its norm and convolution, and two hidden layers of four times the width), so
-# memory is bounded whatever F is. Fewer frames would read the weights of the last stage, which has
-# only 324 rows a frame, for too little work.
+# Frames are encoded together until their map after the stem, which is the largest, has so many
+# bytes: 4 frames of the published tower in bfloat16, 2 in float32. At most ten times as much is
+# alive at once (x, its norm, and a hidden layer before and after gelu), whatever F is. Two cores
+# are as fast with one frame; a wider device needs the rows, of which the last stage has 324 each.
 MAP = 64 << 20
 
-# Bytes of the hidden layer of the rows that `overwrite` computes at a time. Whole, it would be
-# 64 MB a frame, and memory that malloc takes afresh from the system costs as much as the products.
+# Bytes of the hidden layer that `overwrite` makes at a time. That of a whole frame is 64 MB in
+# bfloat16, which malloc fetches from the system anew each time: that took longer than the product
+# whose result it holds. With far fewer rows the weights are read for too little work.
 PIECE = 16 << 20
 
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
     """Sizes of the tower; the defaults are the published ones."""
+
+    model_type: ClassVar[str] = "convnext"
+    patch_size: ClassVar[int] = STRIDE  # pixels of a side of what becomes one feature
 
     depths: tuple[int, ...] = (3, 4, 30, 3)
     dims: tuple[int, ...] = (384, 768, 1536, 3072)
@@ -73,7 +76,7 @@ class ConvNeXtConfig:
                 f"mm_vision_tower={name!r} is not supported; known: 'convnext-576', and the same "
                 "with another number of pixels"
             )
-        values = {"image_size": int(side[1]), **config.get("fixture_vision", {})}
+        values = {"image_size": int(side[1]), **(config.get("fixture_vision") or {})}
         return cls(
             depths=tuple(values.get("depths", cls.depths)),
             dims=tuple(values.get("dims", cls.dims)),
@@ -96,13 +99,18 @@ class ConvNeXtConfig:
         return self.dims[-1]
 
     @property
+    def num_hidden_layers(self) -> int:
+        return sum(self.depths)
+
+    @property
     def patches(self) -> int:
         """P: features of a frame."""
         return (self.image_size // STRIDE) ** 2
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """(F, H, W, C) -> (F, H', W', C'), both contiguous."""
+    """(F, H, W, C) -> (F, H', W', C'), contiguous. Depthwise in bfloat16, in this order of memory,
+    oneDNN takes half of the time that it takes for NCHW."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
@@ -131,30 +139,31 @@ class Block(nn.Module):
 
 def overwrite(block: Block, x: Tensor) -> Tensor:
     """`block(x)` written over x, which must be contiguous; nothing is kept for gradients."""
-    for frames in x.split(max(1, PIECE // x[:1].nbytes)):
+    for frames in x.split(max(1, PIECE // x[0].nbytes)):
         rows = frames.view(-1, x.shape[-1])
-        normed = block.norm(convolve(block.conv_dw, frames)).view_as(rows)
+        spread = convolve(block.conv_dw, frames).view_as(rows)
         parts = -(-4 * rows.nbytes // PIECE)
-        for row, norm in zip(rows.tensor_split(parts), normed.tensor_split(parts), strict=True):
-            row.addcmul_(_product(block.mlp.fc2, _product(block.mlp.fc1, norm, "gelu")), block.weight)
+        for row, near in zip(rows.tensor_split(parts), spread.tensor_split(parts), strict=True):
+            hidden = _product(block.mlp.fc1, block.norm(near), then="gelu")
+            row.addcmul_(_product(block.mlp.fc2, hidden), block.weight)
     return x
 
 
 def _product(linear: nn.Module, x: Tensor, then: str = "none") -> Tensor:
-    """linear(x), `then` gelu, without further passes over the result where oneDNN can."""
-    if type(linear) is nn.Linear and _fuses(x):
+    """linear(x), `then` gelu; where oneDNN can, with the bias and gelu in the product's own pass."""
+    if _fuses(linear, x):
         fused = torch.ops.mkldnn._linear_pointwise
         return fused(x, linear.weight, linear.bias, then, [], "none")
     y = linear(x)
     return torch.ops.aten.gelu_(y) if then == "gelu" else y
 
 
-def _fuses(x: Tensor) -> bool:
-    """In float32 the separate product is the faster one, by more than the pass costs."""
-    mkldnn = torch.backends.mkldnn
-    if x.dtype != torch.bfloat16 or not (mkldnn.is_available() and mkldnn.enabled):
+def _fuses(linear: nn.Module, x: Tensor) -> bool:
+    """Not in float32, where oneDNN's product costs more than the passes that it saves."""
+    if type(linear) is not nn.Linear or not x.dtype == linear.weight.dtype == torch.bfloat16:
         return False
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Stage(nn.Module):
@@ -175,6 +184,8 @@ class Stage(nn.Module):
             return x
         norm, conv = self.downsample
         F, H, W, C = x.shape
+        # A convolution that meets each place once is a product. As a convolution it takes longer,
+        # four times in the last stage in bfloat16: it brings its weight into another order.
         x = norm(x[:, : H // 2 * 2, : W // 2 * 2]).view(F, H // 2, 2, W // 2, 2, C)
         x = x.transpose(2, 3).flatten(3)  # (F, H/2, W/2, 4C)
         return linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
@@ -197,15 +208,15 @@ class ConvNeXt(nn.Module):
         self.stages = nn.ModuleList(Stage(b, dim, depth, eps) for b, dim, depth in sizes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """In the parameters' dtype. Memory does not grow with F but by what comes in and goes out.
+        """In the parameters' dtype. With F grows only the memory of what comes in and goes out.
 
-        Raises InvalidArgument where frames are of another size than the configuration's.
+        Raises InvalidArgument where frames are none, or of another size than the configuration's.
         """
         size = self.config.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
             raise InvalidArgument(
-                f"pixels of shape {tuple(pixels.shape)}; this tower takes (F, 3, {size}, {size}): "
-                "pass the processor's output"
+                f"pixels of shape {tuple(pixels.shape)}; this tower takes (F, 3, {size}, {size}), "
+                "F at least 1: pass the processor's output"
             )
         return torch.cat([self._encode(frames) for frames in pixels.split(self.at_a_time)])
 
