@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -346,12 +345,15 @@ def test_words_that_a_processor_may_lack(cases: dict[str, Case], family: str) ->
 
 
 @pytest.mark.parametrize("family", ["LlavaNextVideo", "VideoLlava"])
-def test_quantised_it_says_that_it_is_not_there_yet(cases: dict[str, Case], family: str) -> None:
+def test_quantised(cases: dict[str, Case], family: str) -> None:
     """The pages import neither torch nor, one of them, BitsAndBytesConfig."""
-    assert not hasattr(vidlm, "BitsAndBytesConfig")  # else the snippet can run as it is
-    names = {"torch": torch, "BitsAndBytesConfig": SimpleNamespace}
-    with pytest.raises(UnsupportedModel, match=r"quantization_config .*dtype=bfloat16"):
-        cases[family].run("quantised", names, drop=", BitsAndBytesConfig")
+    names = {"torch": torch, "BitsAndBytesConfig": vidlm.BitsAndBytesConfig}
+    model = cases[family].run("quantised", names).model
+    kinds = {n: type(m).__name__ for n, m in model.named_modules() if "Linear" in type(m).__name__}
+    assert kinds.pop("language_model.lm_head") == "Linear"
+    assert set(kinds.values()) == {"Linear4bit"}
+    ids = torch.arange(20, 40, device=model.device)[None]
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 23)
 
 
 @pytest.mark.parametrize("family", list(PAGES))

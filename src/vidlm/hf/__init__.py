@@ -22,6 +22,7 @@ from vidlm.hf.llava_next_video import (
 from vidlm.hf.loading import DEMO, find
 from vidlm.hf.model import ForConditionalGeneration
 from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.slowfast import LlavaQwenSlowFastForCausalLM, SlowFastProcessor
 from vidlm.hf.streamers import TextIteratorStreamer, TextStreamer
 from vidlm.hf.video_llava import (
     VideoLlavaForConditionalGeneration,
@@ -42,8 +43,10 @@ from vidlm.hf.videollama3 import (
 )
 from vidlm.models.llava import LlavaConfig
 from vidlm.models.llava_next_video import LlavaNextVideoConfig
+from vidlm.models.slowfast import SlowFastConfig
 from vidlm.models.video_llava import VideoLlavaConfig
 from vidlm.models.videollama3 import VideoLlama3Config
+from vidlm.quant import BitsAndBytesConfig
 from vidlm.vision.navit import NaViTConfig as VideoLlama3VisionConfig
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "AutoProcessor",
     "AutoTokenizer",
     "BatchFeature",
+    "BitsAndBytesConfig",
     "CLIPVisionConfig",
     "Cache",
     "ForConditionalGeneration",
@@ -68,7 +72,10 @@ __all__ = [
     "LlavaNextVideoProcessor",
     "LlavaNextVideoVideoProcessor",
     "LlavaProcessor",
+    "LlavaQwenSlowFastForCausalLM",
     "ProcessorMixin",
+    "SlowFastConfig",
+    "SlowFastProcessor",
     "TextIteratorStreamer",
     "TextStreamer",
     "VideoLlama3Config",

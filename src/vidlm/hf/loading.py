@@ -15,6 +15,7 @@ import torch
 from vidlm.errors import InvalidArgument, UnsupportedModel, unknown_keyword
 from vidlm.hub import resolve
 from vidlm.models.base import VideoModel
+from vidlm.quant import BitsAndBytesConfig, quantize
 from vidlm.weights import Renames, load, stored_dtype
 
 DEMO = "demo"  # the name of the model inside the package
@@ -33,6 +34,7 @@ class LoadOptions:
     local_files_only: bool = False
     cache_dir: str | None = None
     token: str | None = None
+    quantization_config: BitsAndBytesConfig | None = None
 
     def folder(self, name: str | Path) -> Path:
         """The local folder of a model: a path, the demo inside the package, or the hub's cache."""
@@ -60,8 +62,12 @@ def read_load_options(kwargs: Mapping[str, Any]) -> LoadOptions:
     for name in kwargs:
         if name not in KEYWORDS:
             raise unknown_keyword("from_pretrained()", name, KEYWORDS)
-    if kwargs.get("quantization_config") is not None:
-        raise UnsupportedModel("quantization_config is not supported yet; load in dtype=bfloat16")
+    quantization = kwargs.get("quantization_config")
+    if not isinstance(quantization, BitsAndBytesConfig | None):
+        raise UnsupportedModel(
+            f"quantization_config of type {type(quantization).__name__}; supported: "
+            "vidlm.BitsAndBytesConfig. Or load in dtype=bfloat16"
+        )
     attention = kwargs.get("attn_implementation")
     if attention not in (None, *ATTENTION):
         raise UnsupportedModel(
@@ -100,6 +106,8 @@ def load_model(model: VideoModel, folder: Path, renames: Renames, options: LoadO
     if not isinstance(dtype, torch.dtype):  # which does not say: the file's
         dtype = stored_dtype(folder)
     load(model, folder, renames, dtype=dtype, device=options.device, progress=_bar(folder.name))
+    if options.quantization_config is not None:
+        quantize(model, options.quantization_config, model.unquantized)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vidlm.engine import Request, Token, run
-from vidlm.errors import InvalidArgument
+from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.hf.forward import (
     AnswerKeywords,
     Call,
@@ -48,6 +48,7 @@ class PretrainedModel(VideoModel):
     returns_prompt: ClassVar[bool] = True  # whether `generate` repeats the prompt's ids
     options: ClassVar[tuple[str, ...]] = ()  # keywords of from_pretrained that the config takes
     folder: Path | None = None
+    quantization_config: Any = None  # what it was quantized by when it was loaded
 
     def media(self, inputs: Mapping[str, Any]) -> list[Media]:
         """Media as `forward` takes them, a tensor a name, one by one: images before videos."""
@@ -86,10 +87,18 @@ class PretrainedModel(VideoModel):
             model = cls(config)
         load_model(model, folder, cls.renames(), options)
         model.folder = folder
-        return model.eval().requires_grad_()
+        model.quantization_config = options.quantization_config
+        for weight in model.parameters():
+            weight.requires_grad_(weight.is_floating_point())
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors, for transformers too."""
+        """Write config.json and safetensors, for transformers too. Raises UnsupportedModel for a
+        quantized model."""
+        if self.quantization_config is not None:
+            raise UnsupportedModel(
+                "a quantized model cannot be written yet; save it before it is quantized"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}

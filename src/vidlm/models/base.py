@@ -89,6 +89,7 @@ class VideoModel(nn.Module):
 
     config: Any
     memory_in_decode: bool = False  # whether generated tokens, too, attend to a prompt's memory
+    unquantized: tuple[str, ...] = ()  # parts that no scheme of fewer bits may touch
     penalises_prompt: bool = True  # whether a repetition penalty counts the prompt's tokens
 
     @property
@@ -131,7 +132,8 @@ class VideoModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """That of weights which are numbers, not codes of fewer bits."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
 
 class Processor(Protocol):

@@ -249,6 +249,7 @@ class Body(Decoder):
 class SlowFastNetwork(VideoModel):
     """The network. Parameter names are those of the published checkpoints."""
 
+    unquantized = ("vision_tower",)  # it reads its weights as they are
     penalises_prompt = False  # it generates from embeddings: there are no ids to count
 
     def __init__(self, config: SlowFastConfig) -> None:

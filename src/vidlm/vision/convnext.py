@@ -28,10 +28,10 @@ from vidlm.errors import InvalidArgument, UnsupportedModel
 STEM, STRIDE = 4, 32  # pixels of a side that become one place: after the stem, and in the end
 
 # Frames are encoded together until their map after the stem, which is the largest, has so many
-# bytes: 4 frames of the published tower in bfloat16, 2 in float32. At most ten times as much is
+# bytes: 2 frames of the published tower in bfloat16, 1 in float32. At most ten times as much is
 # alive at once (x, its norm, and a hidden layer before and after gelu), whatever F is. Two cores
 # are as fast with one frame; a wider device needs the rows, of which the last stage has 324 each.
-MAP = 64 << 20
+MAP = 32 << 20
 
 # Bytes of the hidden layer that `overwrite` makes at a time. That of a whole frame is 64 MB in
 # bfloat16, which malloc fetches from the system anew each time: that took longer than the product
@@ -149,25 +149,29 @@ def overwrite(block: Block, x: Tensor) -> Tensor:
     return x
 
 
-def _product(linear: nn.Module, x: Tensor, then: str = "none") -> Tensor:
-    """linear(x), `then` gelu; where oneDNN can, with the bias and gelu in the product's own pass."""
-    if _fuses(linear, x):
+def _product(layer: nn.Module, x: Tensor, then: str = "none") -> Tensor:
+    """layer(x), `then` gelu; where oneDNN can, with bias and gelu in the product's own pass."""
+    if _fuses(layer, x):
         fused = torch.ops.mkldnn._linear_pointwise
-        return fused(x, linear.weight, linear.bias, then, [], "none")
-    y = linear(x)
+        return fused(x, layer.weight, layer.bias, then, [], "none")
+    y = layer(x)
     return torch.ops.aten.gelu_(y) if then == "gelu" else y
 
 
-def _fuses(linear: nn.Module, x: Tensor) -> bool:
+def _fuses(layer: nn.Module, x: Tensor) -> bool:
     """Not in float32, where oneDNN's product costs more than the passes that it saves."""
-    if type(linear) is not nn.Linear or not x.dtype == linear.weight.dtype == torch.bfloat16:
+    if type(layer) is not nn.Linear or not x.dtype == layer.weight.dtype == torch.bfloat16:
         return False
     mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (mkldnn.is_available() and mkldnn.enabled):
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Stage(nn.Module):
     """Halves height and width, but for the first stage, and goes through its blocks."""
+
+    downsample: Any  # a norm and a convolution, or nothing
 
     def __init__(self, before: int | None, dim: int, depth: int, eps: float) -> None:
         super().__init__()
@@ -197,6 +201,9 @@ class ConvNeXt(nn.Module):
     No norm follows the last stage. Parameter names are those of the published checkpoint below
     `model.vision_tower.vision_tower.`, of which `head.*` belongs to no part of this.
     """
+
+    stem: Any  # a convolution and a norm
+    stages: Any  # four Stage
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
