@@ -114,8 +114,8 @@ def _four_bits(library: Any, layer: nn.Linear, config: BitsAndBytesConfig) -> nn
     made.weight = library.nn.Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=double, quant_type=kind
     )
-    # Its packed form for newer CPUs rounds the scales, wants sizes in multiples of 64 (SigLIP's 4304
-    # is none), and a kernel that is fetched from the hub.
+    # Its packed form for newer CPUs rounds the scales, wants sizes in multiples of 64 (SigLIP's
+    # 4304 is none), and a kernel that is fetched from the hub.
     made.support_avx512bf16_for_cpu = False
     return _finished(made, layer)
 
