@@ -1,9 +1,10 @@
 """Slow-Fast's vision tower (ConvNeXt-XXL at 576 pixels) beside timm's on a CPU: one JSON line.
 
 Both hold the same random weights and run alternately in one process, timm with its frames in NCHW
-and in channels-last order. TFLOP/s are those of the median run, beside the best of some matrix
-products of the tower's shapes in the same minutes. Peak memory is that of a fresh process above
-what it held with the weights loaded, in bfloat16.
+and in channels-last order. Speeds are those of the median run, beside the best of some matrix
+products of the tower's shapes in the same minutes. Seconds of CPU are given, too: with
+OMP_NUM_THREADS=1 they say on a busy machine what elapsed time cannot. Peak memory is that of a
+fresh process above what it held with the weights loaded, in bfloat16.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ def work() -> float:
     return counter.get_total_flops() / 1e12
 
 
-def seconds(run: Encode, x: Tensor) -> float:
-    began = time.perf_counter()
+def seconds(run: Encode, x: Tensor) -> tuple[float, float]:
+    """Elapsed, and of CPU."""
+    began, used = time.perf_counter(), time.process_time()
     run(x)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -93,7 +95,7 @@ def product_rate(dtype: torch.dtype) -> float:
         a, b = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).t()
         out = torch.empty(m, n, dtype=dtype)
         for _ in range(5):
-            taken = seconds(lambda a, b=b, out=out: torch.mm(a, b, out=out), a)
+            taken, _ = seconds(lambda a, b=b, out=out: torch.mm(a, b, out=out), a)
             rates.append(2e-12 * m * k * n / taken)
     return max(rates)
 
@@ -111,29 +113,35 @@ def race(name: str, runs: int) -> dict[str, object]:
     apart = max(float((f - found[0]).abs().max() / found[0].abs().max()) for f in found)
     assert apart < CLOSE[name], f"features differ by {apart:.1e} of the largest in {name}"
     x = pixels(FRAMES[name], dtype)
-    taken: dict[str, list[float]] = {library: [] for library in encoders}
+    taken: dict[str, list[tuple[float, float]]] = {library: [] for library in encoders}
     peak = 0.0
     for _ in range(runs):
         for library, encode in encoders.items():
             taken[library].append(seconds(encode, x))
         peak = max(peak, product_rate(dtype))
-    medians = {library: statistics.median(times) for library, times in taken.items()}
-    frame = work()
+    return {"frames": len(x), **summary(taken, len(x), peak)}
+
+
+def summary(taken: dict[str, list[tuple[float, float]]], frames: int, peak: float) -> dict:
+    medians = {
+        library: [statistics.median(column) / frames for column in zip(*times, strict=True)]
+        for library, times in taken.items()
+    }
+    mine, cpu = medians.pop("vidlm")
     speeds = {
         library: {
-            "frames_per_s": round(len(x) / median, 3),
-            "tflop_per_s": round(frame * len(x) / median, 3),
+            "frames_per_s": round(1 / elapsed, 3),
+            "tflop_per_s": round(work() / elapsed, 3),
+            "cpu_s_per_frame": round(used, 2),
         }
-        for library, median in medians.items()
+        for library, (elapsed, used) in {"vidlm": (mine, cpu), **medians}.items()
     }
-    return {
-        "frames": len(x),
-        "product_peak_tflop_per_s": round(peak, 3),
-        **speeds,
-        "of_peak": round(frame * len(x) / medians["vidlm"] / peak, 3),
-        "ratio_to_timm": round(medians["timm"] / medians["vidlm"], 2),
-        "ratio_to_timm_channels_last": round(medians["timm_channels_last"] / medians["vidlm"], 2),
+    ratios = {
+        f"ratio_to_{library}": {"elapsed": round(elapsed / mine, 2), "cpu": round(used / cpu, 2)}
+        for library, (elapsed, used) in medians.items()
     }
+    peaks = {"product_tflop_per_s": round(peak, 3), "of_product": round(work() / mine / peak, 3)}
+    return {**peaks, **speeds, **ratios}
 
 
 def high_water() -> int:
