@@ -19,11 +19,12 @@ PACKAGE = ROOT / "src" / "vidlm"
 LAYERS = (
     ("errors", "types"),
     ("media", "hub", "text"),
+    ("native",),
     ("nn", "vision", "weights"),
     ("models", "quant"),
     ("engine",),
     ("hf", "compat"),
-    ("api", "plan", "server", "batch", "train", "demo", "cli", ""),
+    ("api", "fit", "plan", "server", "batch", "train", "demo", "cli", ""),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -43,12 +44,12 @@ ALSO = {
     "train": ("models", "nn"),
     "demo": ("hub", "text"),
     "demo.train": ("models", "nn", "weights"),
-    "cli": ("server", "batch", "train", "demo"),
+    "cli": ("server", "batch", "train", "demo", "native"),
 }
 
 NEVER = ("transformers", "torchvision")  # oracles of the tests
 LIGHT = ("errors", "types", "media", "hub", "text")  # usable before, or without, torch
-TORCH_FREE = (*LIGHT, "engine.request", "engine.blocks", "engine.scheduler")
+TORCH_FREE = (*LIGHT, "engine.request", "engine.blocks", "engine.scheduler", "engine.sequence")
 
 # By the start of a path, the first that fits.
 MAX_LINES = {

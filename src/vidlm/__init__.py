@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidlm.api import LM, Answer, AnswerStream, Chat, load
+    from vidlm.api import LM, Answer, AnswerStream, Chat, VideoHandle, load
+    from vidlm.engine import AsyncEngine, Engine, EngineOptions
     from vidlm.errors import VidlmError
     from vidlm.hf import (
         AutoConfig,
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "vidlm.api": ("LM", "Answer", "AnswerStream", "Chat", "load"),
+    "vidlm.api": ("LM", "Answer", "AnswerStream", "Chat", "VideoHandle", "load"),
+    "vidlm.engine": ("AsyncEngine", "Engine", "EngineOptions"),
     "vidlm.errors": ("VidlmError",),
     "vidlm.hf": (
         "AutoConfig",
@@ -109,6 +111,7 @@ __all__ = [
     "LM",
     "Answer",
     "AnswerStream",
+    "AsyncEngine",
     "AutoConfig",
     "AutoModelForImageTextToText",
     "AutoProcessor",
@@ -117,6 +120,8 @@ __all__ = [
     "BitsAndBytesConfig",
     "CLIPVisionConfig",
     "Chat",
+    "Engine",
+    "EngineOptions",
     "LlamaConfig",
     "LlavaConfig",
     "LlavaForConditionalGeneration",
@@ -133,6 +138,7 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "Video",
+    "VideoHandle",
     "VideoLlama3Config",
     "VideoLlama3ForConditionalGeneration",
     "VideoLlama3ImageProcessor",

@@ -7,11 +7,12 @@ VidlmError
 │   ├── MediaNotFound      (FileNotFoundError)   there is no such file
 │   ├── MediaFetchError                          a URL could not be fetched, or may not be
 │   └── MediaLimitError                          a byte, pixel, frame or time limit is exceeded
-└── ModelError                                   a checkpoint could not be used
-    ├── ModelNotFound      (FileNotFoundError)   no such folder or repository
-    ├── HubUnreachable     (ConnectionError)     not in the cache, and the hub does not answer
-    ├── UnsupportedModel                         an architecture, format or option not supported
-    └── WeightsError                             tensors missing, left over or misshapen
+├── ModelError                                   a checkpoint could not be used
+│   ├── ModelNotFound      (FileNotFoundError)   no such folder or repository
+│   ├── HubUnreachable     (ConnectionError)     not in the cache, and the hub does not answer
+│   ├── UnsupportedModel                         an architecture, format or option not supported
+│   └── WeightsError                             tensors missing, left over or misshapen
+└── EngineClosed           (RuntimeError)        asked of an engine that was closed
 
 In brackets the builtin exception that an error is too.
 
@@ -70,6 +71,10 @@ class UnsupportedModel(ModelError):
 
 class WeightsError(ModelError):
     """Tensors of a checkpoint are missing, left over or of another shape."""
+
+
+class EngineClosed(VidlmError, RuntimeError):
+    """A request to an engine that was closed, or that it had not finished then."""
 
 
 def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:

@@ -6,23 +6,26 @@ Only config.json and the headers of the weight files are read; no weight is.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidlm.engine.kv import bytes_per_token
+from vidlm.engine.memory import free_bytes
 from vidlm.errors import InvalidArgument
+from vidlm.fit import Several, fit_frames, largest, need, size, video_tokens
 from vidlm.hf.loading import read_load_options
 from vidlm.hub import TensorEntry, read_config, read_safetensors_header, weight_files
 from vidlm.models import family_of
+from vidlm.models.base import Family
 from vidlm.types import SamplingParams
 from vidlm.weights import Renames, stored_dtype
 
 ANSWER_TOKENS = SamplingParams().max_new_tokens
 PROMPT_TOKENS = 64  # a chat template and a question of a sentence or two, roughly
-NOTE = "the working memory of the vision tower and of the prefill comes on top"
+NOTE = "the working memory of the prefill comes on top"
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,14 @@ class Plan:
     parameters    those the model uses, a tied head counted once
     stored_bytes  of all tensors in the files, used or not
     dtype         what the weights will be in memory
-    tokens_per_frame  of so many frames, 1280 x 720 pixels large where their size matters
+    frame_tokens  of all frames, 1280 x 720 pixels large where their size matters
+    most_frames   that leave room in the context for the question and a whole answer
+    held_bytes    of the frames until they are answered about: as decoded (as of 1280 x 720
+                  pixels), as pixels and as features
+    tower_bytes   of the vision tower at work, which the number of frames does not change
     prompt_tokens a rough allowance for the template and the question
     time_tokens   of the text that says when each frame was, at most; 0 where none does
-    most          the most frames that fit, where tokens_per_frame depends on how many they are
+    free_bytes    of memory, if that was asked for, and most_frames_in_memory: how many fit then
     """
 
     family: str
@@ -71,16 +78,21 @@ class Plan:
     weight_bytes: int
     kv_bytes_per_token: int
     context: int
-    tokens_per_frame: int
     frames: int
+    frame_tokens: int
+    most_frames: int
     max_tokens: int
+    held_bytes: int = 0
+    tower_bytes: int = 0
     prompt_tokens: int = PROMPT_TOKENS
     time_tokens: int = 0
-    most: int | None = None
+    free_bytes: int | None = None
+    most_frames_in_memory: int | None = None
 
     @property
-    def frame_tokens(self) -> int:
-        return self.frames * self.tokens_per_frame
+    def tokens_per_frame(self) -> float:
+        """Exactly, which need not be whole: 20.25 where four frames have 81."""
+        return _exact(self.frame_tokens, max(self.frames, 1))
 
     @property
     def tokens(self) -> int:
@@ -93,54 +105,125 @@ class Plan:
         return self.tokens <= self.context
 
     @property
-    def most_frames(self) -> int:
-        """The most frames that leave room for the question and a whole answer."""
-        if self.most is not None:
-            return self.most
-        room = self.context - self.prompt_tokens - self.max_tokens
-        return max(room // (self.tokens_per_frame + self.time_tokens), 0)
-
-    @property
     def kv_bytes(self) -> int:
         """Keys and values of these tokens; more than the context there cannot be."""
         return self.kv_bytes_per_token * min(self.tokens, self.context)
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes
+        return self.weight_bytes + self.kv_bytes + self.held_bytes + self.tower_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is taken without any frame."""
+        text = self.kv_bytes_per_token * (self.prompt_tokens + self.max_tokens)
+        return self.weight_bytes + self.tower_bytes + text
+
+    @property
+    def kv_bytes_per_frame(self) -> int:
+        tokens = self.frame_tokens + self.frames * self.time_tokens
+        return self.kv_bytes_per_token * tokens // max(self.frames, 1)
+
+    @property
+    def bytes_per_frame(self) -> int:
+        """What each of these frames adds to that."""
+        return self.kv_bytes_per_frame + self.held_bytes // max(self.frames, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, what follows from the fields included."""
-        derived = ("frame_tokens", "tokens", "fits", "most_frames", "kv_bytes", "memory_bytes")
-        values = {**asdict(self), **{name: getattr(self, name) for name in derived}, "note": NOTE}
-        del values["most"]  # most_frames says it in every case
-        return values
+        derived = (
+            *("tokens_per_frame", "tokens", "fits", "kv_bytes", "memory_bytes"),
+            *("fixed_bytes", "kv_bytes_per_frame", "bytes_per_frame"),
+        )
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}, "note": NOTE}
 
     def __str__(self) -> str:
+        rows = {**self._shapes(), **self._account()}
+        return "\n".join(f"{name.strip():<8} {row}" for name, row in rows.items())
+
+    def _shapes(self) -> dict[str, str]:
         text, vision = self.text, self.vision
-        most = f"at most {self.most_frames:,} frames"
-        verdict = f"yes; {most}" if self.fits else f"no, {self.tokens:,} do not; {most}"
         side = vision.image_size
         sides = f"{side} x {side} pixels" if side else "any size"
-        large = "" if side else " of 1,280 x 720 pixels"
-        times = f", {self.time_tokens} each for their times" if self.time_tokens else ""
-        rows = {
+        return {
             "family": self.family,
             "text": f"{text.kind}: {text.layers} layers, width {text.width:,}, {text.heads} heads "
             f"({text.kv_heads} for keys and values), vocabulary {text.vocabulary:,}",
             "vision": f"{vision.kind}: {vision.layers} layers, width {vision.width:,}, frames of "
             f"{sides} in patches of {vision.patch}",
             "weights": f"{_count(self.parameters)} parameters, stored as {self.stored_dtype} in "
-            f"{_size(self.stored_bytes)}",
+            f"{size(self.stored_bytes)}",
+        }
+
+    def _account(self) -> dict[str, str]:
+        most = f"at most {self.most_frames:,} frames"
+        verdict = f"yes; {most}" if self.fits else f"no, {self.tokens:,} do not; {most}"
+        large = "" if self.vision.image_size else " of 1,280 x 720 pixels"
+        times = f", {self.time_tokens} each for their times" if self.time_tokens else ""
+        each, keys = size(self.bytes_per_frame), size(self.kv_bytes_per_frame)
+        rows = {
             "tokens": f"{self.frames:,} frames{large} x {self.tokens_per_frame:,} = "
             f"{self.frame_tokens:,}{times}, the question about {self.prompt_tokens}, the answer up "
             f"to {self.max_tokens:,}",
             "fits": f"{verdict} in a context of {self.context:,} tokens",
-            "memory": f"{_size(self.weight_bytes)} of weights as {self.dtype} + "
-            f"{_size(self.kv_bytes)} of keys and values = {_size(self.memory_bytes)};",
+            "memory": f"{size(self.weight_bytes)} of weights as {self.dtype} + "
+            f"{size(self.kv_bytes)} of keys and values + {size(self.held_bytes)} of frames, pixels "
+            f"and features + {size(self.tower_bytes)} for the vision tower at work = "
+            f"{size(self.memory_bytes)};",
             "": NOTE,
+            "account": f"{size(self.fixed_bytes)} without a frame and {each} for each of "
+            f"{self.frames:,}, of which {keys} are keys and values",
         }
-        return "\n".join(f"{name:<8} {row}" for name, row in rows.items())
+        if self.free_bytes is not None:
+            count = f"at most {self.most_frames_in_memory:,} frames fit into it"
+            loads = count if self.weight_bytes <= self.free_bytes else "the weights do not fit"
+            rows["free"] = f"{size(self.free_bytes)} of memory, here and now; {loads}"
+        return rows
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What of a folder is looked at."""
+
+    folder: Path
+    asked_dtype: str | None
+
+    @cached_property
+    def raw(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.raw)
+
+    @cached_property
+    def config(self) -> Any:
+        return self.family.config.from_dict(self.raw)
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        return _entries(self.folder)
+
+    @cached_property
+    def stored(self) -> torch.dtype:
+        return stored_dtype(self.folder)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return _loaded_dtype(self.asked_dtype, self.config, self.stored)
+
+    @cached_property
+    def parameters(self) -> int:
+        tied = self.config.text_config.tie_word_embeddings
+        return _parameters(self.entries, self.family.renames, tied)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return dict(self.family.sampling_of(self.config))
 
 
 def plan(
@@ -149,31 +232,94 @@ def plan(
     frames: int | None = None,
     max_tokens: int = ANSWER_TOKENS,
     dtype: str | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """The plan for a checkpoint's folder; allocates nothing.
 
     frames  None: as many as the family takes of a video unless told, of a long one
     dtype   None: as `vidlm.load` chooses, what the checkpoint says or is stored in
+    memory  free bytes; None: how many frames fit into memory is not said
     Raises ModelError where the folder is no checkpoint that vidlm has a family for.
     """
     if (frames is not None and frames < 0) or max_tokens < 1:
         raise InvalidArgument(
             f"frames={frames}, max_tokens={max_tokens}; give frames from 0 and max_tokens from 1"
         )
-    raw = read_config(folder)
-    family = family_of(raw)
-    config = family.config.from_dict(raw)
+    found = _Checkpoint(folder, dtype)
+    config = found.config
     if frames is None:
-        usual = family.sampling_of(config)
-        frames = usual.get("num_frames") or usual["max_frames"]
-    text, vision = config.text_config, config.vision_config
-    entries = _entries(folder)
-    stored = stored_dtype(folder)
-    loaded = _loaded_dtype(dtype, config, stored)
-    parameters = _parameters(entries, family.renames, text.tie_word_embeddings)
+        frames = found.sampling.get("num_frames") or found.sampling["max_frames"]
+    other = PROMPT_TOKENS + max_tokens
+    wanted = need(config, found.dtype, frames, other)
+    left = None if memory is None else memory - found.weight_bytes
+    text, vision = _shapes(config)
     return Plan(
         family=config.model_type,
-        text=TextShape(
+        text=text,
+        vision=vision,
+        parameters=found.parameters,
+        stored_dtype=_name(found.stored),
+        stored_bytes=sum(entry.stop - entry.start for entry in found.entries.values()),
+        dtype=_name(found.dtype),
+        weight_bytes=found.weight_bytes,
+        kv_bytes_per_token=need(config, found.dtype, 0, 1).kv_bytes,
+        context=config.max_context,
+        frames=frames,
+        frame_tokens=config.video_tokens(frames),
+        most_frames=largest(lambda n: video_tokens(config, n) + other <= config.max_context),
+        max_tokens=max_tokens,
+        held_bytes=wanted.held_bytes,
+        tower_bytes=wanted.tower_bytes,
+        time_tokens=getattr(config, "time_tokens", 0),
+        free_bytes=memory,
+        most_frames_in_memory=None
+        if left is None
+        else largest(lambda n: need(config, found.dtype, n, other).fits(left)),
+    )
+
+
+def fit(
+    folder: Path,
+    *,
+    frames: int | None = None,
+    max_tokens: int = ANSWER_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
+    context: int | None = None,
+    memory: int | None = None,
+    dtype: str | None = None,
+    videos: int = 1,
+) -> int:
+    """How many frames of each of so many videos to take, before the model is loaded.
+
+    frames   so many or none; None: as many as fit and as the family's rule may give of a video, to
+             be its `max_frames`
+    context  tokens; None: the model's
+    memory   bytes for the weights and all else; None: does not count
+    Raises ContextOverflow or InvalidArgument, naming how many fit, where `frames` do not, and where
+    not even one does.
+    """
+    found = _Checkpoint(folder, dtype)
+    config = Several(found.config, videos) if videos > 1 else found.config
+    left = None if memory is None else memory - found.weight_bytes
+    limit = found.config.max_context if context is None else context
+    most = fit_frames(config, found.dtype, prompt_tokens, max_tokens, frames, limit, left)
+    return most if frames is not None else min(most, found.sampling.get("max_frames", most))
+
+
+def free_memory(device: str | None = None) -> int:
+    """Bytes free on a device ("cpu", "cuda", None: the CPU) here and now."""
+    return free_bytes(torch.device("cpu" if device in (None, "auto") else device))
+
+
+def sampling(folder: Path) -> dict[str, Any]:
+    """Which frames of a video the folder's family takes unless told, as load_video's keywords."""
+    return _Checkpoint(folder, None).sampling
+
+
+def _shapes(config: Any) -> tuple[TextShape, VisionShape]:
+    text, vision = config.text_config, config.vision_config
+    return (
+        TextShape(
             text.model_type,
             text.num_hidden_layers,
             text.hidden_size,
@@ -181,43 +327,14 @@ def plan(
             text.num_key_value_heads,
             text.vocab_size,
         ),
-        vision=VisionShape(
+        VisionShape(
             vision.model_type.removesuffix("_model").removesuffix("_vision"),
             vision.num_hidden_layers,
             vision.hidden_size,
             getattr(vision, "image_size", None),
             vision.patch_size,
         ),
-        parameters=parameters,
-        stored_dtype=_name(stored),
-        stored_bytes=sum(entry.stop - entry.start for entry in entries.values()),
-        dtype=_name(loaded),
-        weight_bytes=parameters * loaded.itemsize,
-        kv_bytes_per_token=bytes_per_token(
-            text.num_hidden_layers, text.num_key_value_heads, text.head_dim, loaded
-        ),
-        context=config.max_context,
-        tokens_per_frame=config.tokens_per_frame(frames),
-        frames=frames,
-        max_tokens=max_tokens,
-        time_tokens=getattr(config, "time_tokens", 0),
-        most=_most_frames(config, config.max_context - PROMPT_TOKENS - max_tokens),
     )
-
-
-def _most_frames(config: Any, room: int) -> int:
-    """The most frames whose tokens fit; more frames are smaller ones, or as large."""
-    time: int = getattr(config, "time_tokens", 0)
-    least = config.tokens_per_frame(max(room, 1)) + time  # there are no more frames than tokens
-    counts = range(max(room, 0) // least, 0, -1)
-    return next((n for n in counts if n * (config.tokens_per_frame(n) + time) <= room), 0)
-
-
-def sampling(folder: Path) -> dict[str, Any]:
-    """Which frames of a video the folder's family takes unless told, as load_video's keywords."""
-    raw = read_config(folder)
-    family = family_of(raw)
-    return dict(family.sampling_of(family.config.from_dict(raw)))
 
 
 def _entries(folder: Path) -> dict[str, TensorEntry]:
@@ -254,5 +371,5 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
-def _size(bytes_: int) -> str:
-    return f"{bytes_ / 1e9:.2f} GB" if bytes_ >= 1e9 else f"{bytes_ / 1e6:.1f} MB"
+def _exact(total: int, count: int) -> float:
+    return total // count if total % count == 0 else total / count

@@ -8,6 +8,9 @@ from enum import Enum
 
 from vidlm.errors import InvalidArgument
 
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+
 
 class FinishReason(Enum):
     """Why an answer ended."""
@@ -23,7 +26,9 @@ class SamplingParams:
     Greedy unless `temperature` is above 0. The filters apply in this order: repetition penalty,
     min_new_tokens, temperature, top_k, top_p, min_p (the order of transformers' logits
     processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
-    `seed=None` draws from torch's global generator.
+    `seed=None` draws from torch's global generator. `n` asks for as many answers, of which each
+    draws with a seed one higher. `logprobs` asks for the log-probability of each token, and of so
+    many of the likeliest beside it.
 
     Raises InvalidArgument on a value out of range.
     """
@@ -41,6 +46,8 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    n: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
@@ -56,6 +63,12 @@ class SamplingParams:
         self._check("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1")
         self._check("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off")
         self._check("num_beams", self.num_beams >= 1, "at least 1")
+        self._check("n", 1 <= self.n <= MAX_CHOICES, f"from 1 to {MAX_CHOICES}")
+        self._check(
+            "logprobs",
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            f"None, or from 0 to {MAX_LOGPROBS} likeliest tokens beside the chosen one",
+        )
         self._check("stop", all(self.stop), "non-empty strings")
         self._check("length_penalty", math.isfinite(self.length_penalty), "a finite number")
         in_range = self.seed is None or 0 <= self.seed < 2**63
@@ -64,6 +77,11 @@ class SamplingParams:
             raise InvalidArgument(
                 f"num_beams={self.num_beams} with temperature={self.temperature}: beam search is "
                 "deterministic here; use num_beams=1 to sample or temperature=0 for beams"
+            )
+        if self.num_beams > 1 and (self.n > 1 or self.logprobs is not None):
+            raise InvalidArgument(
+                f"num_beams={self.num_beams} with n={self.n}, logprobs={self.logprobs}: beams give "
+                "one answer without log-probabilities; use num_beams=1"
             )
         if self.num_beams > 1 and self.stop:
             raise InvalidArgument(

@@ -166,6 +166,25 @@ def test_sampling_draws_the_same_tokens(case: Case, how: dict[str, Any]) -> None
     assert drawn[0] != greedy
 
 
+def test_several_answers_to_each_prompt(case: Case) -> None:
+    """The rows of a prompt lie behind each other; each draws with a seed of its own."""
+    inputs = case.inputs(*BATCH, padding_side="left")
+    how = {"do_sample": True, "num_return_sequences": 3, "pad_token_id": 7}
+    torch.manual_seed(5)
+    ours = case.ours.generate(**inputs, max_new_tokens=NEW, **how)
+    torch.manual_seed(5)
+    theirs = case.theirs.model.generate(**inputs, max_new_tokens=NEW, **how)
+    length = inputs["input_ids"].shape[1]
+    assert len(ours) == len(theirs) == 9
+    assert ours[:, :length].tolist() == theirs[:, :length].tolist()
+    assert len({tuple(row) for row in ours[:, length:].tolist()}) == 9
+    seeded = [
+        case.ours.generate(**inputs, max_new_tokens=NEW, seed=3 + i, **{**how, **one}).tolist()
+        for i, one in ((0, {}), (1, {"num_return_sequences": 1}))
+    ]
+    assert seeded[0][1::3] == seeded[1]
+
+
 # ---- beams -------------------------------------------------------------------------------------
 
 

@@ -378,7 +378,7 @@ def test_a_plan_for_frames_of_any_size(tmp_path: Path, tied: bool) -> None:
 
 
 def test_a_plan_of_the_published_size(tmp_path: Path) -> None:
-    """By docs/models.md: 16,384 tokens for all frames, and up to ten for the time of each."""
+    """By docs/models.md: 16,384 tokens for all frames, and up to eleven for the time of each."""
     form = video_forms.FORMS["videollama3"]
     form.write(tmp_path)
     sizes = {"text_config.max_position_embeddings": 32768, "vision_config.patch_size": 14}
@@ -387,13 +387,12 @@ def test_a_plan_of_the_published_size(tmp_path: Path) -> None:
         made = plan(tmp_path, frames=frames)
         count = frames or 180
         assert (made.frames, made.tokens_per_frame, made.fits) == (count, tokens, True)
-        assert made.tokens == count * (tokens + 10) + 64 + 256
-    said = "180 frames of 1,280 x 720 pixels x 84 = 15,120, 10 each for their times, the question"
+        assert made.tokens == count * (tokens + 11) + 64 + 256
+    said = "180 frames of 1,280 x 720 pixels x 84 = 15,120, 11 each for their times, the question"
     assert said in str(made)
     most = made.most_frames
     assert f"yes; at most {most:,} frames in a context of 32,768 tokens" in str(made)
     assert plan(tmp_path, frames=most).fits
     assert not plan(tmp_path, frames=most + 1).fits
     told = json.loads(json.dumps(made.to_dict()))
-    assert (told["most_frames"], told["time_tokens"]) == (most, 10)
-    assert "most" not in told
+    assert (told["most_frames"], told["time_tokens"]) == (most, 11)

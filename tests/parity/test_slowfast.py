@@ -181,9 +181,9 @@ def test_what_crashes_upstream(golden: Path) -> None:
 
 
 def test_slow_tokens_are_freed(golden: Path) -> None:
-    from vidlm.engine.forward import prefill
-    from vidlm.engine.kv import SequenceKV
-    from vidlm.engine.timing import Timings
+    from paging import Paged
+    from vidlm.engine.forward import Part, prefill
+    from vidlm.engine.inputs import PromptInputs
     from vidlm.models.base import Prompt
 
     for kept in (False, True):
@@ -192,10 +192,16 @@ def test_slow_tokens_are_freed(golden: Path) -> None:
         ids, _ = case.model.expand(
             case.inputs["input_ids"], case.inputs["attention_mask"].bool(), media
         )
-        kv = SequenceKV(200)
-        prefill(case.model, Prompt(tuple(ids[0].tolist()), tuple(media)), kv, Timings())
-        assert (kv.memory is not None) == kept
-        assert kv.memory is None or kv.memory.tokens is None
+        prompt = Prompt(tuple(ids[0].tolist()), tuple(media))
+        inputs, stores = PromptInputs(case.model, prompt, None), Paged([len(prompt.ids)])
+        with torch.inference_mode():
+            part = Part.of(inputs, prompt.ids, 0, stores.tables[0])
+            prefill(case.model, stores.kv, [part])
+        assert inputs.memory is not None
+        inputs.prefilled()
+        assert (inputs.answer_memory is not None) == kept
+        assert inputs.answer_memory is None or inputs.answer_memory.tokens is None
+        assert not inputs.encoded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

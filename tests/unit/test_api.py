@@ -177,6 +177,70 @@ def test_stop_strings(lm: vidlm.LM, video: Path) -> None:
     assert stop not in "".join(pieces)
 
 
+def test_logprobs(lm: vidlm.LM, video: Path) -> None:
+    how = {"frames": 2, "max_tokens": 5, "temperature": 1.0, "seed": 3}
+    plain = lm.ask(video, QUESTION, **how)
+    answer = lm.ask(video, QUESTION, logprobs=2, **how)
+    assert answer.text == plain.text
+    assert plain.logprobs == ()
+    assert "logprobs" not in plain.to_dict()
+    tokenizer = lm.processor.tokenizer
+    ids = [each.id for each in answer.logprobs]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == answer.text
+    for each in answer.logprobs:
+        assert each.text == tokenizer.decode([each.id])
+        assert each.logprob <= each.top[0].logprob <= 0
+        assert each.top[0].logprob >= each.top[1].logprob
+    told = json.loads(json.dumps(answer.to_dict()))["logprobs"]
+    assert [each["id"] for each in told] == ids
+    assert len(told[0]["top"]) == 2
+    with pytest.raises(InvalidArgument, match="logprobs=-1; allowed"):
+        lm.ask(video, QUESTION, logprobs=-1)
+
+
+# ---- no more frames than fit ---------------------------------------------------------------------
+
+
+def test_fit(lm: vidlm.LM) -> None:
+    """Of 40 frames as many as the context of 512 tokens has room for, and never more than asked."""
+    whole = clip(40)
+    answer = lm.ask(whole, QUESTION, fps=25, fit=True, max_tokens=100)
+    most = len(answer.frames)
+    assert 20 < most < 30
+    tokens = answer.usage.prompt_tokens + 100
+    assert tokens <= 512 < tokens + 3 * tiny.FRAME_TOKENS
+    assert len(lm.ask(whole, QUESTION, fit=True, max_tokens=1).frames) == 8
+    assert len(lm.ask(whole, QUESTION, fps=25, max_frames=5, fit=True, max_tokens=1).frames) == 5
+    assert len(lm.ask(whole, QUESTION, frames=most, fit=True, max_tokens=100).frames) == most
+    with pytest.raises(ContextOverflow, match=rf"at most {most} frames fit"):
+        lm.ask(whole, QUESTION, frames=40, fit=True, max_tokens=100)
+    with pytest.raises(ContextOverflow, match="frames fit"):
+        lm.ask(whole, QUESTION, indices=range(40), fit=True, max_tokens=100)
+
+
+def test_fit_of_several(lm: vidlm.LM) -> None:
+    whole = clip(40)
+    both = lm.ask([whole, whole], QUESTION, fps=25, fit=True, max_tokens=100)
+    counts = dict.fromkeys((0, 1), 0)
+    for frame in both.frames:
+        counts[frame.media] += 1
+    assert counts[0] == counts[1] > 8
+    handle = lm.video(whole, frames=20)
+    rest = lm.ask([handle, whole], QUESTION, frames=None, fps=None, fit=True, max_tokens=100)
+    assert 20 < len(rest.frames) < 30
+    assert lm.ask(handle, QUESTION, fit=True, max_tokens=1).usage.media_tokens == 320
+    with pytest.raises(InvalidArgument, match="fit=True is for videos"):
+        lm.ask([whole, tiny.picture(0)], QUESTION, fit=True)
+
+
+def test_fit_into_a_small_cache(lm: vidlm.LM) -> None:
+    size = lm.engine.stats.scheduler.pool.count and 2 * 2 * 2 * 8 * 4 * 16
+    small = vidlm.load(lm.model.folder, engine=vidlm.EngineOptions(kv_bytes=20 * size))
+    answer = small.ask(clip(40), QUESTION, fps=25, fit=True, max_tokens=50)
+    assert 10 <= len(answer.frames) <= 15
+    assert answer.usage.completion_tokens == 50
+
+
 # ---- piece by piece ------------------------------------------------------------------------------
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vidlm.engine.kv import SequenceKV
+from paging import Paged
+from vidlm.hf.cache import GrowingKV
+from vidlm.native import plain
 from vidlm.nn import attention
 from vidlm.nn.attention import attend, attend_all
-from vidlm.nn.step import packed
+from vidlm.nn.step import Step, packed
 
 CPU = torch.device("cpu")
 E = 8
@@ -64,22 +66,42 @@ def test_without_a_cache(lengths: list[int], heads: tuple[int, int]) -> None:
 @given(
     parts=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=3),
     heads=st.sampled_from(HEADS),
+    paged=st.booleans(),
 )
-def test_with_a_cache(parts: list[tuple[int, int]], heads: tuple[int, int]) -> None:
+def test_with_a_cache(parts: list[tuple[int, int]], heads: tuple[int, int], paged: bool) -> None:
     sequences = [qkv(past + new, heads, seed) for seed, (past, new) in enumerate(parts)]
-    stores = [SequenceKV(past + new) for past, new in parts]
-    for kv, (_, k, v), (past, _) in zip(stores, sequences, parts, strict=True):
-        if past:
-            kv.append(0, k[:past], v[:past])
-            kv.advance(past)
+    store = _in_blocks if paged else _in_rows
+    step = store(
+        [(k[:past], v[:past], new) for (_, k, v), (past, new) in zip(sequences, parts, strict=True)]
+    )
     news = [
         [x[past:] for x in sequence] for sequence, (past, _) in zip(sequences, parts, strict=True)
     ]
     q, k, v = (torch.cat(column) for column in zip(*news, strict=True))
-    out = attend(q, k, v, packed([new for _, new in parts], CPU, stores), layer=0)
+    out = attend(q, k, v, step, layer=0)
     pairs = zip(news, sequences, strict=True)
     wanted = [textbook(new[0], keys, values) for new, (_, keys, values) in pairs]
     torch.testing.assert_close(out, torch.cat(wanted), **CLOSE)
+
+
+def _in_rows(parts: list[tuple[Tensor, Tensor, int]]) -> Step:
+    """A step of so many new tokens behind keys and values in a cache for each sequence."""
+    stores = [GrowingKV() for _ in parts]
+    for kv, (k, v, _) in zip(stores, parts, strict=True):
+        if len(k):
+            kv.append(0, k, v)
+            kv.length = len(k)
+    return packed([new for _, _, new in parts], CPU, stores)
+
+
+def _in_blocks(parts: list[tuple[Tensor, Tensor, int]]) -> Step:
+    """The same in one cache of blocks."""
+    stores = Paged([len(k) + new for k, _, new in parts], seed=len(parts))
+    for i, (k, v, _) in enumerate(parts):
+        stores.lengths[i] = len(k)
+        if len(k):
+            stores.kv.write(stores.tables[i], [(k.transpose(0, 1), v.transpose(0, 1))])
+    return stores.step({i: new for i, (_, _, new) in enumerate(parts)})
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 3], [5, 1, 1]])
@@ -179,3 +201,26 @@ def test_training_on_a_cpu_takes_the_matmul(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == []
     attend(q.requires_grad_(), k, v, packed([3, 3], CPU), layer=0)
     assert calls == [True]
+
+
+# ---- one new token each of several sequences, as devices do it -------------------------------
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10_000), heads=st.sampled_from(HEADS))
+def test_all_sequences_at_once(seed: int, heads: tuple[int, int]) -> None:
+    """The form for GPUs, which cannot ask how long each sequence is; unwritten slots hold NaN."""
+    (H, K), block, B = heads, 4, 3
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).int()
+    lengths = order[:B] + 1  # 1 to 12: up to three blocks
+    tables = order.view(B, -1)
+    keys, values = (torch.full((K, 12 * block, E), torch.nan) for _ in range(2))
+    q, wanted = randn(B, H, E, seed=seed), []
+    for b, length in enumerate(lengths.tolist()):
+        _, k, v = qkv(length, heads, seed + b)
+        slots = (tables[b, :, None] * block + torch.arange(block)).flatten()[:length].long()
+        keys[:, slots], values[:, slots] = k.transpose(0, 1), v.transpose(0, 1)
+        wanted.append(textbook(q[b : b + 1], k, v))
+    cache = (keys, values, tables, lengths, block)
+    torch.testing.assert_close(plain._all_at_once(q, *cache), torch.cat(wanted), **CLOSE)
+    torch.testing.assert_close(plain.decode_attention(q, *cache), torch.cat(wanted), **CLOSE)

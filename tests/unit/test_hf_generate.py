@@ -72,7 +72,9 @@ def test_the_filling() -> None:
     [
         ({"max_tokens": 5}, TypeError, "did you mean 'max_new_tokens'"),
         ({"temprature": 1}, TypeError, "did you mean 'temperature'"),
-        ({"num_return_sequences": 2}, InvalidArgument, "only 1 is"),
+        ({"num_return_sequences": 2}, InvalidArgument, "add do_sample=True"),
+        ({"num_return_sequences": 2, "num_beams": 2}, InvalidArgument, "their best answer alone"),
+        ({"num_return_sequences": 0}, InvalidArgument, "allowed: at least 1"),
         ({"use_cache": False}, InvalidArgument, "only True is"),
         ({"return_dict_in_generate": True}, InvalidArgument, "only False is"),
         ({"do_sample": False, "temperature": 0.5}, InvalidArgument, "temperature, which only"),
@@ -150,7 +152,7 @@ def test_what_streamers_refuse(
     streamer = TextStreamer(processor)
     with pytest.raises(InvalidArgument, match="one request at a time, got 2"):
         streamer.put(torch.ones(2, 3, dtype=torch.int64))
-    with pytest.raises(InvalidArgument, match="one request and num_beams=1"):
+    with pytest.raises(InvalidArgument, match="one request, num_beams=1"):
         model.generate(torch.ones(2, 3, dtype=torch.int64), streamer=streamer)
     with pytest.raises(InvalidArgument, match="num_beams=1"):
         model.generate(torch.ones(1, 3, dtype=torch.int64), streamer=streamer, num_beams=2)

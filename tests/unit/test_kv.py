@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vidlm.engine.kv import SequenceKV, bytes_per_token
+from paging import Paged
+from vidlm.engine.kv import bytes_per_token
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.nn.step import packed
 
@@ -45,50 +46,62 @@ def uncached(decoder: Decoder, ids: Tensor) -> Tensor:
     return decoder(decoder.embed_tokens(ids), packed([len(ids)], CPU))
 
 
-def advance(decoder: Decoder, stores: list[SequenceKV], news: list[Tensor]) -> list[Tensor]:
+def advance(decoder: Decoder, stores: Paged, news: dict[int, Tensor]) -> list[Tensor]:
     """One step of several sequences: each one's new ids in, their hidden states out."""
-    lengths = [len(ids) for ids in news]
-    hidden = decoder(decoder.embed_tokens(torch.cat(news)), packed(lengths, CPU, stores))
-    for kv, length in zip(stores, lengths, strict=True):
-        kv.advance(length)
-    return list(hidden.split(lengths))
+    lengths = {i: len(ids) for i, ids in news.items()}
+    step = stores.step(lengths)
+    hidden = decoder(decoder.embed_tokens(torch.cat([*news.values()])), step)
+    stores.count(lengths)
+    return list(hidden.split([*lengths.values()]))
 
 
-def in_chunks(decoder: Decoder, ids: Tensor, chunks: list[int], kv: SequenceKV) -> Tensor:
-    return torch.cat([advance(decoder, [kv], [part])[0] for part in ids.split(chunks)])
+def in_chunks(decoder: Decoder, ids: Tensor, chunks: list[int], stores: Paged) -> Tensor:
+    return torch.cat([advance(decoder, stores, {0: part})[0] for part in ids.split(chunks)])
 
 
 chunk_lists = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
+seeds = st.none() | st.integers(0, 99)
+
+
 @settings(max_examples=40)
-@given(chunks=chunk_lists, spare=st.integers(0, 3))
-def test_chunks_are_the_whole(decoder: Decoder, chunks: list[int], spare: int) -> None:
+@given(chunks=chunk_lists, spare=st.integers(0, 3), seed=seeds)
+def test_chunks_are_the_whole(
+    decoder: Decoder, chunks: list[int], spare: int, seed: int | None
+) -> None:
     """Chunked prefill, and decoding where a chunk is one token."""
     ids = ids_of(sum(chunks))
-    kv = SequenceKV(len(ids) + spare)
-    hidden = in_chunks(decoder, ids, chunks, kv)
+    stores = Paged([len(ids) + spare], seed=seed)
+    hidden = in_chunks(decoder, ids, chunks, stores)
     torch.testing.assert_close(hidden, uncached(decoder, ids), **CLOSE)
-    assert kv.length == len(ids)
 
 
-def test_decoding_token_by_token(decoder: Decoder) -> None:
+@pytest.mark.parametrize("block", [1, 3, 16, 32])
+def test_decoding_token_by_token(decoder: Decoder, block: int) -> None:
     ids = ids_of(20)
-    hidden = in_chunks(decoder, ids, [8] + [1] * 12, SequenceKV(20))
+    hidden = in_chunks(decoder, ids, [8] + [1] * 12, Paged([20], block, seed=1))
     torch.testing.assert_close(hidden, uncached(decoder, ids), **CLOSE)
 
 
 @settings(max_examples=30)
-@given(parts=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=4))
-def test_packed_sequences_are_single_ones(decoder: Decoder, parts: list[tuple[int, int]]) -> None:
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=4),
+    seed=seeds,
+)
+def test_packed_sequences_are_single_ones(
+    decoder: Decoder, parts: list[tuple[int, int]], seed: int | None
+) -> None:
     """Sequences with any number of cached tokens bring any number of new ones to one step."""
-    sequences = [ids_of(past + new, seed) for seed, (past, new) in enumerate(parts)]
-    stores = [SequenceKV(len(ids)) for ids in sequences]
-    for kv, ids, (past, _) in zip(stores, sequences, parts, strict=True):
+    sequences = [ids_of(past + new, i) for i, (past, new) in enumerate(parts)]
+    stores = Paged([len(ids) for ids in sequences], seed=seed)
+    for i, (past, _) in enumerate(parts):
         if past:
-            advance(decoder, [kv], [ids[:past]])
-    news = [ids[past:] for ids, (past, _) in zip(sequences, parts, strict=True)]
-    for hidden, ids, new in zip(advance(decoder, stores, news), sequences, news, strict=True):
+            advance(decoder, stores, {i: sequences[i][:past]})
+    news = {i: sequences[i][past:] for i, (past, _) in enumerate(parts)}
+    for hidden, ids, new in zip(
+        advance(decoder, stores, news), sequences, news.values(), strict=True
+    ):
         torch.testing.assert_close(hidden, uncached(decoder, ids)[-len(new) :], **CLOSE)
 
 
@@ -102,55 +115,53 @@ def test_packed_sequences_without_a_cache(decoder: Decoder, lengths: list[int]) 
         torch.testing.assert_close(ours, uncached(decoder, ids), **CLOSE)
 
 
-def test_the_order_of_sequences_does_not_matter(decoder: Decoder) -> None:
-    sequences = [ids_of(n, n) for n in (3, 1, 6)]
-    there = advance(decoder, [SequenceKV(6) for _ in sequences], sequences)
-    back = advance(decoder, [SequenceKV(6) for _ in sequences], sequences[::-1])
-    for a, b in zip(there, back[::-1], strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+def test_sequences_that_share_blocks(decoder: Decoder) -> None:
+    """Two questions about one beginning, which is stored once; the second reads what it shares."""
+    beginning, ways = ids_of(8), [ids_of(4, 1), ids_of(4, 2)]
+    stores = Paged([12, 12])
+    stores.tables[1][:2] = stores.tables[0][:2]
+    advance(decoder, stores, {0: beginning})
+    stores.lengths[1] = 8
+    for hidden, way in zip(advance(decoder, stores, dict(enumerate(ways))), ways, strict=True):
+        whole = uncached(decoder, torch.cat((beginning, way)))
+        torch.testing.assert_close(hidden, whole[8:], **CLOSE)
 
 
-def test_a_fork_and_its_parent_go_their_own_ways(decoder: Decoder) -> None:
-    prompt, ways = ids_of(5), [ids_of(4, 1), ids_of(4, 2), ids_of(4, 3)]
-    parent = SequenceKV(9)
-    advance(decoder, [parent], [prompt])
-    stores = [parent, parent.fork(), parent.fork()]
-    steps = [
-        advance(decoder, stores, [way[i : i + 1] for way in ways]) for i in range(len(ways[0]))
-    ]
-    for i, way in enumerate(ways):
-        hidden = torch.cat([step[i] for step in steps])
-        whole = uncached(decoder, torch.cat((prompt, way)))
-        torch.testing.assert_close(hidden, whole[len(prompt) :], **CLOSE)
-    assert [kv.length for kv in stores] == [9, 9, 9]
+def test_a_copied_block_goes_its_own_way(decoder: Decoder) -> None:
+    ids, stores = ids_of(6), Paged([8, 8])
+    advance(decoder, stores, {0: ids[:5]})
+    stores.kv.copy([*zip(*stores.tables, strict=True)])
+    stores.lengths[1] = 5
+    advance(decoder, stores, {0: ids_of(1, 7)})
+    (hidden,) = advance(decoder, stores, {1: ids[5:]})
+    torch.testing.assert_close(hidden, uncached(decoder, ids)[5:], **CLOSE)
 
 
-def test_a_fork_keeps_what_its_parent_loses(decoder: Decoder) -> None:
-    parent = SequenceKV(6)
-    advance(decoder, [parent], [ids_of(5)])
-    fork = parent.fork()
-    for keys, values in parent._layers:
-        keys.zero_()
-        values.zero_()
-    (hidden,) = advance(decoder, [fork], [ids_of(6)[5:]])
-    torch.testing.assert_close(hidden, uncached(decoder, ids_of(6))[5:], **CLOSE)
-    assert (parent.length, fork.length) == (5, 6)
+@pytest.mark.parametrize("seed", [None, 3])
+def test_what_was_read_can_be_written_elsewhere(decoder: Decoder, seed: int | None) -> None:
+    ids, stores = ids_of(9), Paged([12], seed=seed)
+    advance(decoder, stores, {0: ids[:8]})
+    other = Paged([12], seed=5)
+    other.kv.write(other.tables[0], stores.kv.read(stores.tables[0], 8))
+    other.lengths[0] = 8
+    (hidden,) = advance(decoder, other, {0: ids[8:]})
+    torch.testing.assert_close(hidden, uncached(decoder, ids)[8:], **CLOSE)
 
 
 def test_a_step_not_counted_is_written_over(decoder: Decoder) -> None:
-    """Without `advance` the next step takes the same places: a step can be tried again."""
-    ids, kv = ids_of(7), SequenceKV(7)
-    advance(decoder, [kv], [ids[:4]])
-    decoder(decoder.embed_tokens(ids_of(3, 9)), packed([3], CPU, [kv]))
-    (hidden,) = advance(decoder, [kv], [ids[4:]])
+    """The next step takes the same places: a step can be tried again."""
+    ids, stores = ids_of(7), Paged([7])
+    advance(decoder, stores, {0: ids[:4]})
+    decoder(decoder.embed_tokens(ids_of(3, 9)), stores.step({0: 3}))
+    (hidden,) = advance(decoder, stores, {0: ids[4:]})
     torch.testing.assert_close(hidden, uncached(decoder, ids)[4:], **CLOSE)
 
 
 def test_memory_is_what_bytes_per_token_says(decoder: Decoder) -> None:
-    kv = SequenceKV(13)
-    assert kv.nbytes == 0
-    advance(decoder, [kv], [ids_of(2)])
+    stores = Paged([16])
+    assert list(stores.kv.layers) == []
+    advance(decoder, stores, {0: ids_of(2)})
     K = decoder.config.num_key_value_heads
-    assert kv.nbytes == 13 * bytes_per_token(LAYERS, K, WIDTH // HEADS, torch.float32)
-    assert bytes_per_token(LAYERS, K, WIDTH // HEADS, torch.bfloat16) * 26 == kv.nbytes
-    assert kv.fork().nbytes == kv.nbytes
+    size = sum(k.nbytes + v.nbytes for k, v in stores.kv.layers)
+    assert size == 16 * bytes_per_token(LAYERS, K, WIDTH // HEADS, torch.float32)
+    assert bytes_per_token(LAYERS, K, WIDTH // HEADS, torch.bfloat16) * 32 == size

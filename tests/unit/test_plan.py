@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidlm.engine.kv import SequenceKV
+from paging import Paged
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel, WeightsError
 from vidlm.models.llava import LlavaConfig, LlavaNetwork
-from vidlm.nn.step import packed
-from vidlm.plan import Plan, TextShape, VisionShape, plan
+from vidlm.plan import Plan, TextShape, VisionShape, free_memory, plan
 
 VISION = {
     "model_type": "siglip_vision_model",
@@ -116,15 +115,17 @@ def test_memory_follows_the_dtype_that_load_takes(
     made = plan(tmp_path, dtype=asked)
     assert (made.stored_dtype, made.dtype) == ("bfloat16", loaded)
     assert made.weight_bytes == width * numbers(model)
-    assert made.memory_bytes == made.weight_bytes + made.kv_bytes
+    rest = made.held_bytes + made.tower_bytes
+    assert made.memory_bytes == made.weight_bytes + made.kv_bytes + rest
 
 
 def test_keys_and_values_are_as_large_as_said(tmp_path: Path) -> None:
     model = write(tmp_path, tiny())
-    kv = SequenceKV(40)
+    stores = Paged([40])
     with torch.inference_mode():
-        model.hidden(torch.zeros(5, 24), packed([5], torch.device("cpu"), [kv]))
-    assert plan(tmp_path).kv_bytes_per_token * 40 == kv.nbytes
+        model.hidden(torch.zeros(5, 24), stores.step({0: 5}))
+    size = sum(k.nbytes + v.nbytes for k, v in stores.kv.layers)
+    assert plan(tmp_path).kv_bytes_per_token * 40 == size
 
 
 def test_a_model_larger_than_memory_is_planned(tmp_path: Path) -> None:
@@ -163,27 +164,74 @@ PLAN = Plan(
     weight_bytes=4000,
     kv_bytes_per_token=10,
     context=1000,
-    tokens_per_frame=16,
     frames=8,
+    frame_tokens=128,
+    most_frames=42,
     max_tokens=256,
+    held_bytes=800,
+    tower_bytes=5000,
 )
 
 
-@given(
-    context=st.integers(1, 5000),
-    per_frame=st.integers(1, 800),
-    frames=st.integers(1, 60),
-    max_tokens=st.integers(1, 600),
-)
-def test_most_frames_is_where_fitting_ends(
-    context: int, per_frame: int, frames: int, max_tokens: int
-) -> None:
+def test_most_frames_is_where_fitting_ends(tmp_path: Path) -> None:
+    write(tmp_path, tiny())
+    for max_tokens in (1, 8, 200, 900, 920):
+        most = plan(tmp_path, max_tokens=max_tokens).most_frames
+        assert most == max(1000 - 64 - max_tokens, 0) // 16
+        for frames in (most, most + 1):
+            made = plan(tmp_path, frames=frames, max_tokens=max_tokens)
+            assert made.fits == (frames <= most)
+
+
+@given(frames=st.integers(1, 200), per_frame=st.integers(1, 30), held=st.integers(0, 1000))
+def test_the_account_is_a_straight_line(frames: int, per_frame: int, held: int) -> None:
+    """As far as the context goes, beyond which there are no keys and values."""
     made = replace(
-        PLAN, context=context, tokens_per_frame=per_frame, frames=frames, max_tokens=max_tokens
+        PLAN,
+        context=10**6,
+        frames=frames,
+        frame_tokens=frames * per_frame,
+        held_bytes=frames * held,
+        time_tokens=3,
     )
-    assert made.fits == (frames <= made.most_frames)
-    assert made.kv_bytes <= 10 * context
-    assert made.kv_bytes == 10 * made.tokens or not made.fits
+    assert made.memory_bytes == made.fixed_bytes + frames * made.bytes_per_frame
+    assert made.fixed_bytes == 4000 + 5000 + 10 * (64 + 256)
+    assert made.kv_bytes_per_frame == 10 * (per_frame + 3)
+    assert replace(made, context=100).kv_bytes == 1000
+
+
+def test_tokens_of_a_frame_are_exact(tmp_path: Path) -> None:
+    """Slow-Fast has 81 for every four frames, and 81 for each of 16 at least."""
+    slow_fast = {
+        "model_type": "llava_qwen_slow_fast",
+        **{**TEXT, "max_position_embeddings": 32768, "model_type": "llava_qwen_slow_fast"},
+        "mm_vision_tower": "convnext-576",
+        "mm_video_pooling_stride": 2,
+        "min_fast_frames": 16,
+        "fast_token_temporal_stride": 4,
+    }
+    write(tmp_path, tiny())
+    (tmp_path / "config.json").write_text(json.dumps(slow_fast))
+    made = plan(tmp_path)
+    assert (made.frames, made.frame_tokens, made.tokens_per_frame) == (64, 1296, 20.25)
+    assert "64 frames x 20.25 = 1,296, the question" in str(made)
+    assert json.loads(json.dumps(made.to_dict()))["tokens_per_frame"] == 20.25
+    assert plan(tmp_path, frames=8).tokens_per_frame == 81
+    assert str(plan(tmp_path, frames=8).tokens_per_frame) == "81"
+    assert plan(tmp_path, frames=made.most_frames).fits
+    assert made.most_frames == (32768 - 64 - 256) // 81 * 4 + 3
+
+
+def test_memory_that_is_free(tmp_path: Path) -> None:
+    write(tmp_path, tiny())
+    bare = plan(tmp_path)
+    assert (bare.free_bytes, bare.most_frames_in_memory) == (None, None)
+    assert "free " not in str(bare)
+    made = plan(tmp_path, memory=bare.fixed_bytes + 5 * bare.bytes_per_frame)
+    assert made.most_frames_in_memory == 5
+    assert "at most 5 frames fit into it" in str(made)
+    assert "the weights do not fit" in str(plan(tmp_path, memory=bare.weight_bytes - 1))
+    assert free_memory() > 0
 
 
 def test_the_dict_is_json_with_all_that_follows(tmp_path: Path) -> None:
@@ -191,12 +239,14 @@ def test_the_dict_is_json_with_all_that_follows(tmp_path: Path) -> None:
     assert told["text"]["kv_heads"] == 2
     assert told["tokens"] == told["frame_tokens"] + told["prompt_tokens"] + told["max_tokens"]
     assert told["fits"] is True
-    assert told["memory_bytes"] == 4000 + 10 * told["tokens"]
+    assert told["memory_bytes"] == 4000 + 10 * told["tokens"] + 800 + 5000
+    assert told["tokens_per_frame"] == 16
 
 
 def test_the_text_says_whether_it_fits() -> None:
     assert "yes; at most 42 frames" in str(PLAN)
-    assert "no, 1,920 do not; at most 42 frames" in str(replace(PLAN, frames=100))
+    many = replace(PLAN, frames=100, frame_tokens=1600)
+    assert "no, 1,920 do not; at most 42 frames" in str(many)
 
 
 @pytest.mark.parametrize("wrong", [{"frames": -1}, {"max_tokens": 0}])

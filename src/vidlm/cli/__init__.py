@@ -11,7 +11,9 @@ import typer
 
 from vidlm import __version__
 from vidlm.cli.ask import ask
-from vidlm.cli.options import Ask, Demo, Frames, Info, command
+from vidlm.cli.bench import bench_commands
+from vidlm.cli.index import index
+from vidlm.cli.options import Ask, Demo, Frames, Index, Info, command
 from vidlm.cli.outcome import show_warnings
 from vidlm.cli.tools import demo, frames, info
 
@@ -34,9 +36,11 @@ def application() -> typer.Typer:
     )
     app.callback()(_vidlm)
     app.command("ask")(command(Ask, ask))
+    app.command("index")(command(Index, index))
     app.command("demo")(command(Demo, demo))
     app.command("info")(command(Info, info))
     app.command("frames")(command(Frames, frames))
+    app.add_typer(bench_commands(), name="bench")
     return app
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from vidlm.cli.options import Ask
+from vidlm.cli.options import Ask, Index
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import STDIN, check_sources, chosen_frames, read
+from vidlm.cli.sources import STDIN, check_sources, chosen_frames, is_saved, read
 from vidlm.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def ask(given: Ask) -> None:
         if STDIN in sources:
             progress.now("reading stdin")
         media = [read(source) for source in sources]
-        lm = _load(given, progress)
+        if given.fit:
+            frames = fitted(given, frames, sources, question, progress)
+        lm = load_model(given, progress)
         stream = _read(lm, media, question, _keywords(given, frames), progress)
         pieces = _first_token(stream, media, progress)
         if given.json:
@@ -61,6 +63,36 @@ def check_question(sources: list[str], question: str | None) -> str:
     return question
 
 
+def fitted(
+    given: Ask, frames: dict[str, Any], sources: list[str], question: str, progress: Progress
+) -> dict[str, Any]:
+    """`frames` with no more of each video than fit into the context and into memory; looked at
+    before the model is loaded. Raises ContextOverflow or InvalidArgument where they do not fit."""
+    from vidlm.hf import find
+    from vidlm.media import is_image
+    from vidlm.plan import ANSWER_TOKENS, PROMPT_TOKENS, fit, free_memory
+
+    if any(map(is_saved, sources)):
+        raise InvalidArgument("--fit chooses frames, and those of a saved video are chosen")
+    if any(source != STDIN and is_image(source) for source in sources):
+        raise InvalidArgument("--fit is for videos, and an image was given; use --frames instead")
+    began = time.perf_counter()
+    progress.now(f"looking at {given.model}")
+    named = frames.get("indices") or frames.get("times")
+    words = question + (given.system or "")
+    most = fit(
+        find(given.model),
+        frames=frames.get("num_frames") if named is None else len(named),
+        max_tokens=given.max_tokens or ANSWER_TOKENS,
+        prompt_tokens=PROMPT_TOKENS + len(words.encode()),  # a token has at least one byte
+        memory=free_memory(given.device),
+        dtype=given.dtype,
+        videos=len(sources),
+    )
+    progress.done(time.perf_counter() - began, "fit", f"at most {most:,} frames of each video")
+    return frames if named is not None else {**frames, "max_frames": most}
+
+
 def trimmed(pieces: Iterable[str]) -> Iterator[str]:
     """The pieces of `"".join(pieces).strip()`: spaces wait until something follows them."""
     waiting, begun = "", False
@@ -73,7 +105,7 @@ def trimmed(pieces: Iterable[str]) -> Iterator[str]:
             begun = True
 
 
-def _load(given: Ask, progress: Progress) -> LM:
+def load_model(given: Ask | Index, progress: Progress) -> LM:
     began = time.perf_counter()
     progress.now(f"loading {given.model}")
     from vidlm.api import load  # brings torch, which takes as long as a small model
@@ -88,8 +120,13 @@ def _load(given: Ask, progress: Progress) -> LM:
 def _keywords(given: Ask, frames: dict[str, Any]) -> dict[str, Any]:
     """What `lm.stream` is told."""
     said = {name: getattr(given, name) for name in KEYWORDS}
-    frames = {("frames" if name == "num_frames" else name): v for name, v in frames.items()}
-    return frames | {name: value for name, value in said.items() if value is not None}
+    chosen = frame_keywords(frames)
+    return chosen | {name: value for name, value in said.items() if value is not None}
+
+
+def frame_keywords(frames: dict[str, Any]) -> dict[str, Any]:
+    """What load_video is told, as `lm.ask` is."""
+    return {("frames" if name == "num_frames" else name): v for name, v in frames.items()}
 
 
 def _read(

@@ -49,6 +49,27 @@ Dtype = Annotated[
     typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16; else as stored."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
+Videos = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="VIDEO", help="A path, a URL, a video saved by index, or - for stdin; one or more."
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        envvar="VIDLM_MODEL",
+        metavar="NAME",
+        help="A folder, a hub repository, or demo: the small model that comes with vidlm.",
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, auto.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +79,11 @@ class Ask:
     The answer goes to stdout as it comes, progress to stderr.
     """
 
-    videos: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="VIDEO", help="A path, a URL, or - for stdin; one or more."),
-    ] = None
+    videos: Videos = None
     question: Annotated[
         str | None, typer.Argument(metavar="QUESTION", help="In quotes, behind the videos.")
     ] = None
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            envvar="VIDLM_MODEL",
-            metavar="NAME",
-            help="A folder, a hub repository, or demo: the small model that comes with vidlm.",
-        ),
-    ] = MODEL
+    model: ModelName = MODEL
     frames: FrameCount = None
     fps: Rate = None
     start: Start = None
@@ -81,6 +91,12 @@ class Ask:
     sampling: Sampling = None
     times: Times = None
     indices: Indices = None
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="As many frames as fit, found before loading; --frames N: all or none."
+        ),
+    ] = False
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer, in tokens."),
@@ -96,18 +112,55 @@ class Ask:
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, metavar="S", help="Makes sampling repeatable.")
     ] = None
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")
-    ] = None
+    system: System = None
     json: Json = False
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print the answer when it is complete.")
     ] = False
     dtype: Dtype = None
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, auto.")
+    device: DeviceName = None
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Save what a model makes of videos, to ask about them later without paying again.
+
+    A saved video stands wherever ask takes a VIDEO, with the same model. It holds no pixels.
+    """
+
+    videos: Annotated[
+        list[str], typer.Argument(metavar="VIDEO", help="A path, a URL, or - for stdin.")
+    ]
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Else <video>.safetensors, here; for several videos a folder.",
+        ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False
+    model: ModelName = MODEL
+    frames: FrameCount = None
+    fps: Rate = None
+    start: Start = None
+    end: End = None
+    sampling: Sampling = None
+    times: Times = None
+    indices: Indices = None
+    no_kv: Annotated[
+        bool, typer.Option("--no-kv", help="Features alone: smaller, and a slower first answer.")
+    ] = False
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="The system prompt of later questions."),
+    ] = None
+    force: Force = False
+    dtype: Dtype = None
+    device: DeviceName = None
+    quiet: Quiet = False
     debug: Debug = False
 
 
@@ -165,7 +218,7 @@ class Frames:
     sampling: Sampling = None
     times: Times = None
     indices: Indices = None
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False
+    force: Force = False
     debug: Debug = False
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from vidlm.errors import InvalidArgument, MediaNotFound
 
 if TYPE_CHECKING:
-    from vidlm.cli.options import Ask, Frames
+    from vidlm.cli.options import Ask, Frames, Index
 
 STDIN = "-"
+SAVED = ".safetensors"  # what the names of videos that `vidlm index` saved end with
 NEED_A_NUMBER = ("linspace", "slowfast")  # which is 8 unless given
 
 
@@ -26,7 +27,7 @@ def check_sources(sources: Sequence[str]) -> None:
             _check_file(source, alone=len(sources) == 1)
 
 
-def chosen_frames(given: Ask | Frames) -> dict[str, Any]:
+def chosen_frames(given: Ask | Frames | Index) -> dict[str, Any]:
     """Which frames, as keywords of load_video, without what was not given.
 
     Raises InvalidArgument where the choice makes no sense whatever the video.
@@ -56,6 +57,10 @@ def _numbers(text: str) -> list[int]:
         raise InvalidArgument(
             f"--indices {text!r} are not numbers of frames; give them as --indices 0,25,50"
         ) from error
+
+
+def is_saved(source: str) -> bool:
+    return source.endswith(SAVED)
 
 
 def read(source: str) -> str | bytes:

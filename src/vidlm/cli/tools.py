@@ -31,16 +31,16 @@ def info(given: Info) -> None:
     """With a video, for as many frames as would be taken of it."""
     from vidlm.hf import find
     from vidlm.media import load_video
-    from vidlm.plan import plan, sampling
+    from vidlm.plan import free_memory, plan, sampling
 
-    folder = find(given.model)
-    plans = plan(folder, frames=given.frames, dtype=given.dtype)
+    folder, memory = find(given.model), free_memory()
+    plans = plan(folder, frames=given.frames, dtype=given.dtype, memory=memory)
     video = None
     if given.video is not None:
         check_sources([given.video])
         taken = sampling(folder) if given.frames is None else {"num_frames": given.frames}
         video = load_video(read(given.video), **taken)
-        plans = plan(folder, frames=len(video), dtype=given.dtype)
+        plans = plan(folder, frames=len(video), dtype=given.dtype, memory=memory)
     if given.json:
         about = _about(video) if video else None
         typer.echo(json.dumps({"model": given.model, "video": about, **plans.to_dict()}))

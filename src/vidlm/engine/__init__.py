@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from vidlm.engine.loop import Output, Request, Token, generate, run
+from vidlm.engine.aio import AsyncEngine
+from vidlm.engine.engine import Engine
+from vidlm.engine.loop import generate, run
+from vidlm.engine.options import EngineOptions, EngineStats
+from vidlm.engine.request import Failure, Output, Request, Token
 from vidlm.engine.timing import Timings
 
-__all__ = ["Output", "Request", "Timings", "Token", "generate", "run"]
+__all__ = [
+    "AsyncEngine",
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "Failure",
+    "Output",
+    "Request",
+    "Timings",
+    "Token",
+    "generate",
+    "run",
+]

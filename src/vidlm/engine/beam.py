@@ -6,30 +6,24 @@ returned sequence. Parity: tests/unit/test_beam.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vidlm.engine.forward import decode
-from vidlm.engine.kv import SequenceKV
 from vidlm.engine.sampler import process
-from vidlm.models.base import VideoModel
 from vidlm.types import FinishReason, SamplingParams
 
-if TYPE_CHECKING:
-    from vidlm.engine.loop import Request
+Found = tuple[tuple[int, ...], FinishReason]
 
 
 @dataclass(frozen=True)
 class _Beam:
-    """A beginning under way: its new ids, the sum of their log-probabilities, its own cache."""
+    """A beginning under way: its new ids and the sum of their log-probabilities."""
 
     ids: tuple[int, ...]
     score: float
-    kv: SequenceKV
 
 
 @dataclass(frozen=True)
@@ -43,23 +37,30 @@ class _Candidate:
     ended: bool
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Branch:
+    """A beam of the next step: which of this step's it goes on from, and with which token."""
+
+    parent: int
+    token: int
+
+
 def search(
-    model: VideoModel, request: Request, logits: Tensor, kv: SequenceKV, budget: int
-) -> tuple[tuple[int, ...], FinishReason]:
+    params: SamplingParams, prompt: Sequence[int], budget: int
+) -> Generator[tuple[Branch, ...], Tensor, Found]:
     """The best answer of at most `budget` tokens, and why it ends.
 
-    `logits` (V,) float32 are those after the prompt, which `kv` holds with room for `budget` tokens
-    more; the search writes to it.
+    Say `next` once, then send the logits (B, V) float32 of the beams that it last named, first
+    those after the prompt (1, V); it names the beams of the next step. `prompt` has the ids that a
+    repetition penalty counts.
     """
-    params = request.params
-    # Thousands of a prompt's ids are one placeholder.
-    prompt = tuple(set(request.prompt.ids)) if model.penalises_prompt else ()
-    beams, rows = [_Beam((), 0.0, kv)], logits[None]
+    counted = tuple(set(prompt))  # thousands of a prompt's ids are one placeholder
+    beams, rows = [_Beam((), 0.0)], (yield ())
     finished: list[_Candidate] = []
     while True:
-        scores = _scores(rows, beams, params, prompt)
-        candidates = _extend(beams, scores, params, budget)
+        with torch.inference_mode():
+            scores = _scores(rows, beams, params, counted)
+            candidates = _extend(beams, scores, params, budget)
         going = [c for c in candidates if not c.ended][: params.num_beams]
         # Candidates behind the first num_beams are there to go on, never to be an answer.
         finished += [c for c in candidates[: params.num_beams] if c.ended]
@@ -67,8 +68,8 @@ def search(
         del finished[params.num_beams :]
         if not going or _settled(finished, going[0], params):
             break
-        beams = _branch(beams, going)
-        rows = decode(model, [beam.ids[-1] for beam in beams], [beam.kv for beam in beams])
+        beams = [_Beam(c.ids, c.score) for c in going]
+        rows = yield tuple(Branch(c.parent, c.ids[-1]) for c in going)
     best = finished[0].ids
     return best, FinishReason.STOP if best[-1] in params.eos_token_ids else FinishReason.LENGTH
 
@@ -117,16 +118,3 @@ def _settled(finished: Sequence[_Candidate], hope: _Candidate, params: SamplingP
     if len(finished) < params.num_beams:
         return False
     return params.early_stopping or not hope.penalised > finished[-1].penalised
-
-
-def _branch(beams: Sequence[_Beam], going: Sequence[_Candidate]) -> list[_Beam]:
-    """The first child of a beam takes over its cache, the others copy it."""
-    taken: set[int] = set()
-    children = []
-    for candidate in going:
-        kv = beams[candidate.parent].kv
-        if candidate.parent in taken:
-            kv = kv.fork()
-        taken.add(candidate.parent)
-        children.append(_Beam(candidate.ids, candidate.score, kv))
-    return children

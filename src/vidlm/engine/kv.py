@@ -1,59 +1,152 @@
-"""Keys and values of one sequence, in buffers allocated once for all the tokens it may get."""
+"""Keys and values of all sequences of an engine, in blocks that sequences may share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vidlm.nn.step import Memory
+from vidlm.nn.step import Pages
+
+CPU = torch.device("cpu")
 
 
-class SequenceKV:
-    """The KV of `vidlm.nn.step`: one (K, capacity, E) buffer for keys and one for values a layer.
+class Table:
+    """The blocks of one sequence as an array, which grows as the list of them does: a long one is
+    not turned into an array again for every token."""
 
-    Heads come before tokens so that a decode step reads each head's keys in one run.
+    def __init__(self, blocks: Sequence[int]) -> None:
+        self._blocks = blocks
+        self._row = np.array([*blocks, *[0] * len(blocks)], np.int32)
+        self._count = len(blocks)
+
+    @property
+    def row(self) -> NDArray[np.int32]:
+        """The blocks of now, and room behind them."""
+        count = len(self._blocks)
+        if count > len(self._row):
+            self._row = np.concatenate((self._row, np.zeros_like(self._row)))
+        if count > self._count:
+            self._row[self._count : count] = self._blocks[self._count :]
+            self._count = count
+        return self._row
+
+
+class PagedKV:
+    """Room for the tokens of `blocks` blocks: one (K, N, E) buffer for keys and one for values a
+    layer, N = blocks * block.
+
+    Heads come before slots, so that tokens whose blocks follow each other are read in one run. On a
+    CPU the buffers are address space alone until tokens are written; they are made when the first
+    token arrives, whose shape and dtype they take. Which block is whose, `blocks.BlockPool` knows.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.memory: Memory | None = None  # what its layers attend to beside it; forks share it
-        self._length = 0
+    def __init__(self, blocks: int, block: int, device: torch.device = CPU) -> None:
+        self.blocks, self.block, self.device = blocks, block, device
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     @property
-    def length(self) -> int:
-        return self._length
+    def layers(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Keys and values (K, N, E) of each layer; none before the first token."""
+        return self._layers
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        n, K, E = k.shape
-        if layer == len(self._layers):  # the first step meets the layers in order
-            shape = (K, self.capacity, E)
+    def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers of a layer that is about to store k and v (T, K, E)."""
+        if index == len(self._layers):  # the first step meets the layers in order
+            _, K, E = k.shape
+            shape = (K, self.blocks * self.block, E)
             self._layers.append((k.new_empty(shape), v.new_empty(shape)))
-        keys, values = self._layers[layer]
-        stop = self._length + n
-        assert stop <= self.capacity  # torch would broadcast a token past the end into nothing
-        keys[:, self._length : stop] = k.transpose(0, 1)
-        values[:, self._length : stop] = v.transpose(0, 1)
-        return keys[:, :stop], values[:, :stop]
+        return self._layers[index]
 
-    def advance(self, tokens: int) -> None:
-        """Count a finished step's tokens as stored."""
-        self._length += tokens
+    def pages(
+        self, tables: Sequence[Sequence[int]], stops: Sequence[int], lengths: Sequence[int]
+    ) -> Pages:
+        """A step that brings the last `lengths` tokens of sequences of `stops` tokens."""
+        spans = [self._span(table, 0, stop) for table, stop in zip(tables, stops, strict=True)]
+        news = [
+            _slots(self._span(table, stop - n, stop))
+            for table, stop, n in zip(tables, stops, lengths, strict=True)
+        ]
+        return Pages(
+            self.layer,
+            self.block,
+            self._padded([np.array(table, np.int32) for table in tables], stops),
+            torch.tensor(stops, dtype=torch.int32),
+            torch.cat(news),
+            tuple(spans),
+        ).to(self.device)
 
-    def fork(self) -> SequenceKV:
-        """An independent copy, for a beam that parts from its parent."""
-        twin = SequenceKV(self.capacity)
-        twin._length, twin.memory = self._length, self.memory
-        for pair in self._layers:
-            copies = tuple(torch.empty_like(part) for part in pair)
-            for copy, part in zip(copies, pair, strict=True):
-                copy[:, : self._length] = part[:, : self._length]
-            twin._layers.append((copies[0], copies[1]))
-        return twin
+    def next_pages(self, tables: Sequence[Table], stops: Sequence[int]) -> Pages:
+        """A step that brings the last token of sequences of `stops` tokens, one of each."""
+        block = self.block
+        rows = [table.row for table in tables]
+        slots = [
+            int(row[(stop - 1) // block]) * block + (stop - 1) % block
+            for row, stop in zip(rows, stops, strict=True)
+        ]
+        return Pages(
+            self.layer,
+            block,
+            self._padded(rows, stops).to(self.device),
+            self.tensor(stops, np.int32),
+            self.tensor(slots),
+            (),
+        )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self._layers)
+    def tensor(self, values: Sequence[int], dtype: type[np.integer[Any]] = np.int64) -> Tensor:
+        """(n,) on the device; by way of numpy, which takes a third of the time."""
+        return torch.from_numpy(np.array(values, dtype)).to(self.device)
+
+    def _padded(self, rows: Sequence[NDArray[np.int32]], stops: Sequence[int]) -> Tensor:
+        """The blocks of each sequence's first `stops` tokens: (B, W)."""
+        counts = [-(-stop // self.block) for stop in stops]
+        if len(rows) == 1:
+            return torch.from_numpy(rows[0][None, : counts[0]])
+        tables = np.zeros((len(rows), max(counts)), np.int32)
+        for table, row, count in zip(tables, rows, counts, strict=True):
+            table[:count] = row[:count]
+        return torch.from_numpy(tables)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the content of each pair's first block to its second."""
+        size = self.block
+        for old, new in pairs:
+            for layer in self._layers:
+                for buffer in layer:
+                    source = buffer[:, old * size : (old + 1) * size]
+                    buffer[:, new * size : (new + 1) * size] = source
+
+    def read(self, table: Sequence[int], tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the first `tokens` keys and values (K, S, E) of a sequence, of every layer."""
+        span = _slots(self._span(table, 0, tokens))
+        return [(k[:, span.to(k.device)], v[:, span.to(v.device)]) for k, v in self._layers]
+
+    def write(self, table: Sequence[int], stored: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put what `read` gave into these blocks."""
+        for index, (k, v) in enumerate(stored):
+            keys, values = self.layer(index, k.transpose(0, 1), v.transpose(0, 1))
+            span = _slots(self._span(table, 0, k.shape[1])).to(keys.device)
+            keys[:, span] = k.to(keys)
+            values[:, span] = v.to(values)
+
+    def _span(self, table: Sequence[int], start: int, stop: int) -> slice | Tensor:
+        """Slots of a sequence's tokens [start, stop)."""
+        size, first = self.block, start // self.block
+        blocks = table[first : -(-stop // size)]
+        offset = start - first * size
+        if all(b == blocks[0] + i for i, b in enumerate(blocks)):
+            begin = blocks[0] * size + offset
+            return slice(begin, begin + stop - start)
+        ids = torch.tensor(blocks)[:, None] * size + torch.arange(size)
+        return ids.flatten()[offset : offset + stop - start]
+
+
+def _slots(span: slice | Tensor) -> Tensor:
+    return torch.arange(span.start, span.stop) if isinstance(span, slice) else span
 
 
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ of several equal scores survives. Parity: tests/unit/test_sampler.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,13 +45,17 @@ def process(
 class Sampler:
     """Picks the tokens of one sequence and remembers them for the repetition penalty.
 
-    Greedy at temperature 0. Otherwise draws come from a generator of its own with `params.seed`,
-    or from torch's global one where that is None.
+    Greedy at temperature 0. Otherwise draws come from a generator of its own with `params.seed`
+    plus the number of the choice, or from torch's global one where that is None.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], device: torch.device
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        device: torch.device,
+        choice: int = 0,
     ) -> None:
         self._params = params
         self._generated = 0
@@ -60,7 +65,7 @@ class Sampler:
         self._seen = torch.tensor([*known], dtype=torch.int64, device=device)
         self._generator: torch.Generator | None = None
         if params.temperature > 0 and params.seed is not None:
-            self._generator = torch.Generator(device).manual_seed(params.seed)
+            self._generator = torch.Generator(device).manual_seed((params.seed + choice) % 2**63)
 
     @torch.inference_mode()
     def pick(self, logits: Tensor) -> int:
@@ -74,6 +79,40 @@ class Sampler:
             self._seen = torch.cat((self._seen, token.view(1)))
         self._generated += 1
         return int(token)
+
+    def take(self, row: Tensor, likeliest: int) -> Pick:
+        """The next token, with what the parameters ask to be told of it; `likeliest` is the token
+        with the highest logit of the row (V,) float32, which whoever decides for several knows of
+        all at once."""
+        if self._plain:
+            self._generated += 1
+            return _with_logprobs(row, likeliest, self._params.logprobs)
+        return _with_logprobs(row, self.pick(row), self._params.logprobs)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the next token is the one with the highest logit, whatever came before."""
+        params = self._params
+        settled = params.repetition_penalty == 1 and self._generated >= params.min_new_tokens
+        return params.temperature == 0 and settled
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A chosen token; its log-probability and the likeliest ones where params.logprobs asks."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def _with_logprobs(row: Tensor, token: int, wanted: int | None) -> Pick:
+    if wanted is None:
+        return Pick(token)
+    chances = row.log_softmax(dim=-1)
+    values, ids = chances.topk(min(wanted, len(row)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Pick(token, float(chances[token]), top)
 
 
 def _penalise(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -> Tensor:

@@ -25,7 +25,11 @@ class Timings:
         try:
             yield
         finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - began)
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to the stage of this name."""
+        setattr(self, name, getattr(self, name) + seconds)
 
     @property
     def first_token(self) -> float:

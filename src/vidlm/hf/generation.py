@@ -24,6 +24,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": None,
     "stop_strings": None,
     "num_beams": None,
+    "num_return_sequences": None,
     "length_penalty": None,
     "early_stopping": None,
     "eos_token_id": None,
@@ -40,7 +41,6 @@ OFF = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, 
 # Accepted with this value alone: it names what happens anyway.
 FIXED: Mapping[str, Any] = {
     "use_cache": True,
-    "num_return_sequences": 1,
     "return_dict_in_generate": False,
     "output_scores": False,
     "output_attentions": False,
@@ -95,6 +95,7 @@ def read_call(
         stop=_strings(merged["stop_strings"]),
         eos_token_ids=ends,
         num_beams=_or(merged["num_beams"], 1),
+        n=_choices(merged, sample),
         length_penalty=_or(merged["length_penalty"], 1.0),
         early_stopping=_or(merged["early_stopping"], False),
         **(_filters(merged) if sample else {}),
@@ -123,6 +124,24 @@ def _samples(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     if given.get("temperature") == 0:
         return False
     return bool(base.get("do_sample")) or any(name in given for name in SAMPLING)
+
+
+def _choices(merged: Mapping[str, Any], sample: bool) -> int:
+    """Answers to one prompt. Without a draw all of them would be the same."""
+    n, beams = int(_or(merged["num_return_sequences"], 1)), _or(merged["num_beams"], 1)
+    if n > 1 and beams > 1:
+        raise InvalidArgument(
+            f"num_return_sequences={n} with num_beams={beams}: beams give their best answer alone; "
+            "use num_beams=1 with do_sample=True"
+        )
+    if n > 1 and not sample:
+        raise InvalidArgument(
+            f"num_return_sequences={n} without sampling, which would give the same answer each "
+            "time; add do_sample=True"
+        )
+    if n < 1:
+        raise InvalidArgument(f"num_return_sequences={n}; allowed: at least 1")
+    return n
 
 
 def _filters(merged: Mapping[str, Any]) -> dict[str, Any]:

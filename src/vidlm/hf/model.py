@@ -223,17 +223,18 @@ class ForConditionalGeneration(PretrainedModel):
         generation_config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Prompt and answer as one (B, L + n) tensor of ids, short rows filled with pad_token_id.
+        """Prompt and answer as one (B, L + n) tensor of ids, short rows filled with pad_token_id;
+        with num_return_sequences, as many rows behind each other for each prompt.
 
         Media come under the names that `forward` takes them by. Further keywords, as in
         transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_strings (or stop),
-        num_beams, length_penalty, early_stopping, eos_token_id, pad_token_id. Where media alone
-        exceed max_length, each counts as the one token written for it. What the call leaves
-        out comes from `generation_config`, then from the checkpoint's generation_config.json.
-        Raises TypeError on an unknown keyword, naming the nearest known one. As in transformers, a
-        prompt or answer beyond the model's context is warned of and runs; `vidlm.load(...).ask`
-        refuses it.
+        num_beams, num_return_sequences, length_penalty, early_stopping, eos_token_id, pad_token_id.
+        Where media alone exceed max_length, each counts as the one token written for it. What the
+        call leaves out comes from `generation_config`, then from the checkpoint's
+        generation_config.json. Raises TypeError on an unknown keyword, naming the nearest known
+        one. As in transformers, a prompt or answer beyond the model's context is warned of and
+        runs; `vidlm.load(...).ask` refuses it.
         """
         defaults = {**self.generation_config, **(generation_config or {})}
         eos = self.config.text_config.eos_token_id
@@ -248,16 +249,18 @@ class ForConditionalGeneration(PretrainedModel):
             self._warn_of_length(requests)
             tokens = run(self, requests, tokenizer=watcher)
             if streamer is None:
-                answers = _collected(tokens, len(prompts))
-            elif len(prompts) > 1 or call.params.num_beams > 1:
-                raise InvalidArgument("a streamer takes one request and num_beams=1")
+                answers = _collected(tokens, len(prompts), call.params.n)
+            elif len(prompts) > 1 or call.params.num_beams > 1 or call.params.n > 1:
+                raise InvalidArgument(
+                    "a streamer takes one request, num_beams=1 and num_return_sequences=1"
+                )
             else:
                 answers = [_streamed(tokens, shown, streamer)]
         except BaseException as error:
             if hasattr(streamer, "fail"):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
-        return _joined(shown, answers, call.pad_token_id)
+        return _joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
 
     def _warn_of_length(self, requests: Sequence[Request]) -> None:
         limit: int = self.config.max_context
@@ -308,10 +311,11 @@ def _own_tokens(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _collected(tokens: Iterator[Token], requests: int) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in range(requests)]
+def _collected(tokens: Iterator[Token], requests: int, n: int) -> list[list[int]]:
+    """New ids of each answer; those of one request behind each other."""
+    answers: list[list[int]] = [[] for _ in range(requests * n)]
     for token in tokens:
-        answers[token.request].append(token.id)
+        answers[token.request * n + token.choice].append(token.id)
     return answers
 
 

@@ -301,9 +301,13 @@ class ProcessorMixin:
             **kwargs,
         )
 
-    def prompt(self, text: str, images: Sequence[Any], videos: Sequence[Any] = ()) -> Prompt:
+    def media(self, images: Sequence[Any], videos: Sequence[Any] = ()) -> list[Media]:
+        """What `read` gave as models take it, images before videos."""
+        made: list[Media] = self._adjusted({}).media(images, videos)
+        return made
+
+    def prompt(self, text: str, media: Sequence[Media]) -> Prompt:
         """One rendered request as the engine takes it."""
-        media = self._adjusted({}).media(images, videos)
         (ids,) = self._expanded([text], media, add_special_tokens=not self._has_bos(text))
         return Prompt(tuple(ids), tuple(media))
 

@@ -124,6 +124,13 @@ class _Kept:
         place = self.wanted.pop(row, None)
         if place is None:
             return
+        try:
+            self._keep(row, place, frame)
+        except BaseException:
+            self.wanted[row] = place  # another way to it may be tried, and must not pass it by
+            raise
+
+    def _keep(self, row: int, place: int, frame: VideoFrame) -> None:
         painter = self._painter()
         self._limits.check(self._name, 1, frame.height, frame.width)
         self._limits.check(self._name, len(self._rows), *painter.size(frame))

@@ -6,10 +6,12 @@ encode the media of each prompt, puts those features where the placeholders stan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +19,63 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument
 from vidlm.media import Video
 from vidlm.nn.decoder import Decoder
+from vidlm.nn.linear import linear
 from vidlm.nn.step import Memory, Step
 from vidlm.text import Tokenizer
 from vidlm.weights import Renames
 
 Kind = Literal["image", "video"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """One preprocessed image or video of a prompt; a family may add fields of its own.
+    """One preprocessed image or video of a prompt; a family may add fields of its own: tensors,
+    numbers, text, None, and tuples of these but tensors.
 
-    pixels  as the family's processor makes them
-    tokens  placeholders that it fills in the prompt
-    frames  how many it has; an image has one
+    pixels   as the family's processor makes them
+    tokens   placeholders that it fills in the prompt
+    frames   how many it has; an image has one
+    encoded  its features, where they are there already: nothing is encoded then
+    named    its digest, where the pixels that it is of are gone
     """
 
     pixels: Tensor
     tokens: int
     kind: Kind = "image"
     frames: int = 1
+    encoded: Encoded | None = field(default=None, kw_only=True)
+    named: bytes | None = field(default=None, kw_only=True, repr=False)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for all that its features and its text in the prompt depend on."""
+        if self.named is not None:
+            return self.named
+        hashed = blake2b(repr(type(self).__name__).encode(), digest_size=16)
+        for each in own_fields(type(self)):
+            value = getattr(self, each)
+            if isinstance(value, Tensor):
+                hashed.update(f"\0{each}\0{value.dtype}{tuple(value.shape)}\0".encode())
+                hashed.update(raw_bytes(value))
+            else:  # a repr has no NUL in it, so that no two media can be written alike
+                hashed.update(f"\0{each}\0{value!r}\0".encode())
+        return hashed.digest()
+
+    def without_pixels(self, encoded: Encoded | None = None) -> Media:
+        """The same item of the same digest, with `encoded` (or what it has) for its pixels."""
+        kept = self.encoded if encoded is None else encoded
+        return replace(self, pixels=self.pixels.new_empty(0), encoded=kept, named=self.digest)
+
+
+def own_fields(kind: type[Media]) -> tuple[str, ...]:
+    """The fields that say what an item is, pixels first; not what was made of it."""
+    return tuple(f.name for f in fields(kind) if f.name not in ("encoded", "named"))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 
 
 class Config(Protocol):
@@ -57,9 +96,16 @@ class Config(Protocol):
     def placeholders(self) -> Mapping[Kind, int]:
         """The token that stands where the features of each kind of media go."""
 
-    def tokens_per_frame(self, frames: int) -> int:
-        """Placeholders of each frame of a video of so many; where the picture's size matters, of
-        one of 1280 x 720 pixels, and before anything is left out because it repeats itself."""
+    def video_tokens(self, frames: int) -> int:
+        """Placeholders of a video of so many frames; where the picture's size matters, of 1280 x
+        720 pixels, and before anything is left out because it repeats itself."""
+
+    def held_bytes(self, frames: int, itemsize: int) -> int:
+        """What such a video holds until it is answered, beside keys and values of its tokens:
+        pixels, features of `itemsize` bytes a number, and keys and values of a memory."""
+
+    def tower_bytes(self, itemsize: int) -> int:
+        """Memory that the vision tower works in: that of one chunk, whatever the video. Roughly."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +134,11 @@ class VideoModel(nn.Module):
     """The seam between families and engine. Everything is token-packed; see `vidlm.nn.step`."""
 
     config: Any
+    has_memory: bool = False  # whether layers attend to more than tokens: `Encoded.memory`
     memory_in_decode: bool = False  # whether generated tokens, too, attend to a prompt's memory
     unquantized: tuple[str, ...] = ()  # parts that no scheme of fewer bits may touch
     penalises_prompt: bool = True  # whether a repetition penalty counts the prompt's tokens
+    media_types: tuple[type[Media], ...] = (Media,)  # what its processor makes
 
     @property
     def decoder(self) -> Decoder:
@@ -101,7 +149,26 @@ class VideoModel(nn.Module):
         """(T, D) -> (T, V)"""
         raise NotImplementedError
 
-    def encode(self, media: Sequence[Media]) -> list[Encoded]:
+    def encode(self, media: Sequence[Media], *args: Any, **kwargs: Any) -> list[Encoded]:
+        """The features of each item; a family may take more arguments, which it documents."""
+        return finished(self.encoding(media, *args, **kwargs))
+
+    def encoding(
+        self, media: Sequence[Media], *args: Any, **kwargs: Any
+    ) -> Generator[None, None, list[Encoded]]:
+        """`encode` in steps: yields after each chunk of frames, so that others can be served in
+        between. Memory in use is that of one chunk and of the result. Items that have their
+        features keep them."""
+        for item in media:
+            _check_encodable(item, bool(args or kwargs))
+        fresh = [item for item in media if item.encoded is None]
+        made = iter((yield from self._encoding(fresh, *args, **kwargs)))
+        return [next(made) if item.encoded is None else item.encoded for item in media]
+
+    def _encoding(
+        self, media: Sequence[Media], *args: Any, **kwargs: Any
+    ) -> Generator[None, None, list[Encoded]]:
+        """`encoding` of items none of which has features."""
         raise NotImplementedError
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -119,7 +186,7 @@ class VideoModel(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(T, D) -> (T, V)"""
-        return self.head(h)
+        return linear(self.head, h)
 
     def tie(self) -> None:
         """Share parameters the config declares tied; called after parameters were replaced."""
@@ -182,10 +249,62 @@ class Family:
         return self.sampling if own is None else own
 
 
+class Rows:
+    """Rows that come a chunk at a time, written into memory that is allocated once: joining a list
+    of chunks at the end would hold everything twice. With gradients they are joined, as a write
+    into a tensor would keep a copy of each chunk's gradient as large as the whole."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self._out: Tensor | None = None
+        self._parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        if rows.requires_grad:
+            self._parts.append(rows)
+            return
+        if self._out is None:
+            self._out = rows.new_empty(self._count, *rows.shape[1:])
+        self._out[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+    def whole(self) -> Tensor:
+        if self._parts:
+            return torch.cat(self._parts)
+        assert self._out is not None
+        assert self._filled == self._count
+        return self._out
+
+
+def finished(steps: Generator[None, None, T]) -> T:
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+
+def _check_encodable(item: Media, told_how: bool) -> None:
+    if item.encoded is not None and told_how:
+        raise InvalidArgument(
+            "an item whose features are there already cannot be encoded in another way (layers, "
+            "strategy); give its pixels without features"
+        )
+    if item.encoded is None and item.named is not None:
+        raise InvalidArgument(
+            "an item was kept without its pixels and without its features; give the video or image "
+            "again"
+        )
+
+
 def memory_of(encoded: Sequence[Encoded]) -> Memory | None:
     """The memory of a prompt with these media: theirs, one behind the other."""
     parts = [item.memory for item in encoded if item.memory is not None]
-    return Memory(torch.cat(parts)) if parts else None
+    if not parts:
+        return None
+    return Memory(torch.cat(parts) if len(parts) > 1 else parts[0])  # no copy of one
 
 
 def insert(
@@ -210,5 +329,5 @@ def insert(
                 "output unshortened"
             )
         if mine:
-            x = x.index_copy(0, places, torch.cat(mine).to(x))
+            x = x.index_copy(0, places, torch.cat([each.to(x) for each in mine]))
     return x

@@ -12,15 +12,17 @@ dropped). Eight frames of a video are 5,832 and 4,608 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Media
 from vidlm.models.tower import (
+    CHUNK,
     RENAMES,
     Layers,
     Projector,
@@ -28,7 +30,6 @@ from vidlm.models.tower import (
     TowerModel,
     TowerProcessor,
     as_layers,
-    in_chunks,
 )
 from vidlm.nn.decoder import CausalLM
 from vidlm.vision.vit import VisionTower
@@ -53,7 +54,7 @@ class LlavaConfig(TowerConfig):
     architecture = "LlavaForConditionalGeneration"
     vision_default = VISION_DEFAULT
 
-    def tokens_per_frame(self, frames: int = 1) -> int:
+    def tokens_per_frame(self) -> int:
         vision, keep_all = self.vision_config, self.vision_feature_select_strategy == "full"
         # "default" drops the first token, which is a patch where the tower has no class token.
         return vision.patches + vision.class_token - (not keep_all)
@@ -83,15 +84,17 @@ class LlavaNetwork(TowerModel):
         self.language_model = CausalLM(config.text_config)
         self.tie()
 
-    def encode(
+    def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
-    ) -> list[Encoded]:
+    ) -> Generator[None, None, list[Encoded]]:
         """Pixels (3, H, W) of each image or frame -> its (M, D) features."""
-        if not media:
-            return []
-        pixels = [item.pixels for item in media]
-        features = in_chunks(lambda part: self.features(part, layers, strategy), pixels)
-        return [Encoded(tokens) for tokens in features]
+        made: list[Encoded] = []
+        for start in range(0, len(media), CHUNK):
+            pixels = torch.stack([item.pixels for item in media[start : start + CHUNK]])
+            # Each in memory of its own, so that one can be forgotten without the others.
+            made += [Encoded(x.clone()) for x in self.features(pixels, layers, strategy)]
+            yield
+        return made
 
     def features(
         self, pixels: Tensor, layers: Layers | None = None, strategy: str | None = None

@@ -13,7 +13,7 @@ linear 2.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from types import MappingProxyType
@@ -110,7 +110,7 @@ class LlavaNextVideoConfig(TowerConfig):
         """Placeholders of an image of this height and width."""
         return tokens(size, self.image_grid_pinpoints, self.vision_config.image_size, self.side)
 
-    def tokens_per_frame(self, frames: int = 8) -> int:
+    def tokens_per_frame(self) -> int:
         return (self.side // self.spatial_pool_stride) ** 2
 
 
@@ -151,6 +151,8 @@ class LlavaNextVideoProcessor(TowerProcessor):
 class LlavaNextVideoNetwork(TowerModel):
     """The network. Parameter names are those of the published checkpoints."""
 
+    media_types = (Media, TiledImage)
+
     def __init__(self, config: LlavaNextVideoConfig) -> None:
         super().__init__()
         self.config = config
@@ -161,9 +163,9 @@ class LlavaNextVideoNetwork(TowerModel):
         self.language_model = CausalLM(config.text_config)
         self.tie()
 
-    def encode(
+    def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
-    ) -> list[Encoded]:
+    ) -> Generator[None, None, list[Encoded]]:
         """TiledImages, and pixels (F, 3, S, S) of videos -> the (M, D) features of each; `layers`
         and `strategy` replace the config's."""
         wanted = self.config.feature_layers if layers is None else as_layers(layers)
@@ -181,10 +183,11 @@ class LlavaNextVideoNetwork(TowerModel):
         encoded = []
         for item in media:
             if isinstance(item, TiledImage):
-                tiled = in_chunks(tile_tokens, item.pixels)  # (N, P, D)
+                tiled = yield from in_chunks(tile_tokens, item.pixels)  # (N, P, D)
                 encoded.append(Encoded(self._laid_out(tiled, item.size)))
             else:
-                encoded.append(Encoded(in_chunks(frame_tokens, item.pixels).flatten(0, 1)))
+                tokens = yield from in_chunks(frame_tokens, item.pixels)
+                encoded.append(Encoded(tokens.flatten(0, 1)))
         return encoded
 
     def _pooled(self, x: Tensor) -> Tensor:

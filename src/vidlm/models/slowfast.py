@@ -13,7 +13,7 @@ frames, at least 16 of them, are the fast tokens, which alone take places in the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isqrt
 from pathlib import Path
@@ -26,18 +26,18 @@ from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d
 from vidlm.errors import UnsupportedModel
 from vidlm.hub import read_config
 from vidlm.media import Video
-from vidlm.models.base import Encoded, Family, Kind, Media, VideoModel
+from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.nn.hybrid import Gate, HybridLayer
 from vidlm.text import Tokenizer
-from vidlm.vision.convnext import ConvNeXt, ConvNeXtConfig
+from vidlm.vision.convnext import MAP, STEM, ConvNeXt, ConvNeXtConfig
 from vidlm.vision.preprocess import CLIP_MEAN, CLIP_STD, PillowPreprocess
 from vidlm.weights import Renames
 
 IMAGE_TOKEN_INDEX = -200  # no id of the vocabulary: upstream's placeholder
 VIDEO_TOKEN_INDEX = -201  # ours, for what is given as a video
 FRAMES = 64
-CHUNK = 8  # frames projected at a time
+GROUPS = 8  # groups of frames whose mean is taken at a time
 GATING = re.compile(r"whole-dynamic(-tanh)?(-warmup)?")
 READERS = re.compile(r"(text-only-)?vanilla(-masksystem)?(-flashattn)?")
 PROJECTOR = re.compile(r"linear|identity|mlp(\d+)x_gelu")
@@ -183,8 +183,20 @@ class SlowFastConfig:
         side = self.slow_side(frames) // self.fast_token_spatial_stride
         return self.fast_frames(frames) * side**2
 
-    def tokens_per_frame(self, frames: int = FRAMES) -> int:
-        return -(-self.fast_tokens(max(frames, 1)) // max(frames, 1))
+    def video_tokens(self, frames: int) -> int:
+        return self.fast_tokens(frames) if frames else 0
+
+    def held_bytes(self, frames: int, itemsize: int) -> int:
+        text, slow = self.text_config, frames * self.slow_side(frames) ** 2
+        read = 2 * len(self.hybrid_layers) * text.num_key_value_heads * text.head_dim
+        pixels = frames * 3 * self.vision_config.image_size**2 * 4
+        tokens = slow + self.video_tokens(frames)
+        return pixels + itemsize * (tokens * text.hidden_size + slow * read)
+
+    def tower_bytes(self, itemsize: int) -> int:
+        vision = self.vision_config
+        frame = (vision.image_size // STEM) ** 2 * vision.dims[0] * itemsize
+        return 10 * max(MAP, frame)  # as the tower says
 
 
 # timm calls the layer scale gamma; head.* is the classifier that the trunk came with.
@@ -257,6 +269,7 @@ class SlowFastNetwork(VideoModel):
         self.config, text = config, config.text_config
         self.model = Body(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.has_memory = bool(config.hybrid_layers)
         self.memory_in_decode = config.slow_in_decode
         self.tie()
 
@@ -278,17 +291,23 @@ class SlowFastNetwork(VideoModel):
         text = super().readers(ids)
         return text & (~text).cumsum(0).bool() if "masksystem" in kind else text
 
-    def encode(self, media: Sequence[Media]) -> list[Encoded]:
+    def _encoding(self, media: Sequence[Media]) -> Generator[None, None, list[Encoded]]:
         """Pixels (F, 3, S, S) of each image or video -> fast tokens, and slow ones as memory."""
-        return [self._encode(item.pixels) for item in media]
+        made = []
+        for item in media:
+            made.append((yield from self._encoded(item.pixels)))
+        return made
 
-    def _encode(self, pixels: Tensor) -> Encoded:
+    def _encoded(self, pixels: Tensor) -> Generator[None, None, Encoded]:
         F = len(pixels)
-        pixels = pixels.to(self.device, self.dtype)
         pool = self.config.mm_video_pooling_stride if F > 1 else 1
         tower, project = self.model.vision_tower.vision_tower, self.model.mm_projector
-        parts = [pooled(project(tower(part)), pool) for part in pixels.split(CHUNK)]
-        x = torch.cat(parts)  # (F, M, D)
+        slow = Rows(F)
+        for part in pixels.split(tower.at_a_time):
+            features = tower(part.to(self.device, self.dtype))
+            slow.add(pooled(project(features), pool))
+            yield
+        x = slow.whole()  # (F, M, D)
         memory = x.flatten(0, 1) if self.config.hybrid_layers else None
         return Encoded(fast(x, self.config).flatten(0, 1), memory)
 
@@ -307,11 +326,12 @@ def fast(x: Tensor, config: SlowFastConfig) -> Tensor:
     F, M, D = x.shape
     stride = config.fast_token_temporal_stride
     if F > 1:
-        x = x[config.fast_sample(F)]
-        count = config.fast_frames(F)
+        sample, count = config.fast_sample(F), config.fast_frames(F)
+        x = x if len(sample) == F else x[sample]
         if stride > 1 and len(x) // stride == count:
-            groups = x[: count * stride].float().unflatten(0, (count, stride))
-            x = groups.mean(1).to(x.dtype)
+            groups = x[: count * stride].unflatten(0, (count, stride))
+            means = [part.float().mean(1).to(x.dtype) for part in groups.split(GROUPS)]
+            x = torch.cat(means)
         elif stride > 1:  # too few for whole groups: windows that share frames
             series = x.float().flatten(1).T[None]  # (1, M * D, F)
             x = adaptive_avg_pool1d(series, count)[0].T.unflatten(1, (M, D)).to(x.dtype)

@@ -12,7 +12,7 @@ model was trained with; another number works and is warned of.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -74,7 +74,7 @@ class VideoLlavaConfig(TowerConfig):
         vision, keep_all = self.vision_config, self.vision_feature_select_strategy == "full"
         return vision.patches + vision.class_token - (not keep_all)
 
-    def tokens_per_frame(self, frames: int = TRAINED_FRAMES) -> int:
+    def tokens_per_frame(self) -> int:
         return self.vision_config.patches + self.vision_config.class_token
 
 
@@ -116,9 +116,9 @@ class VideoLlavaNetwork(TowerModel):
         self.language_model = CausalLM(config.text_config)
         self.tie()
 
-    def encode(
+    def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
-    ) -> list[Encoded]:
+    ) -> Generator[None, None, list[Encoded]]:
         """Pixels (3, H, W) of each image, (F, 3, H, W) of each video -> its (M, D) features;
         `layers` and `strategy` replace the config's."""
         wanted = self.config.feature_layers if layers is None else as_layers(layers)
@@ -132,14 +132,14 @@ class VideoLlavaNetwork(TowerModel):
             x = self.video_tower(pixels.to(self.device, self.dtype), wanted)
             return self.multi_modal_projector(x)
 
-        return [
-            Encoded(
-                in_chunks(frames, item.pixels).flatten(0, 1)
-                if item.kind == "video"
-                else images(item.pixels[None])[0]
-            )
-            for item in media
-        ]
+        made = []
+        for item in media:
+            if item.kind == "video":
+                tokens = yield from in_chunks(frames, item.pixels)
+            else:
+                tokens = yield from in_chunks(images, item.pixels[None])
+            made.append(Encoded(tokens.flatten(0, 1)))
+        return made
 
 
 FAMILY = Family(VideoLlavaConfig, RENAMES, VideoLlavaProcessor, VideoLlavaNetwork)

@@ -14,7 +14,7 @@ time of every frame: "Time 0.0s:", its tokens, ",", and so on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel
 from vidlm.hub import read_config, read_json
 from vidlm.media import Video
-from vidlm.models.base import Encoded, Family, Kind, Media, VideoModel
-from vidlm.models.tower import check_placeholders
+from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
+from vidlm.models.tower import check_placeholders, layer_numbers
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.text import Tokenizer
-from vidlm.vision.navit import NaViT, NaViTConfig
+from vidlm.vision.navit import PATCHES, NaViT, NaViTConfig
 from vidlm.vision.patches import Grid, Patchify, Rule, sizes_of_call
 from vidlm.weights import Renames
 
@@ -122,13 +122,23 @@ class VideoLlama3Config:
 
     @property
     def time_tokens(self) -> int:
-        """Of the text around a frame's placeholders at most, "Time 179.0s:" and ",": Qwen2.5's
+        """Of the text around a frame's placeholders at most, "Time 9999.0s:" and ",": Qwen2.5's
         tokenizer has one for each digit."""
-        return 10
+        return 11
 
-    def tokens_per_frame(self, frames: int = 1) -> int:
+    def video_tokens(self, frames: int) -> int:
         pixels = Patchify.from_dict({"patch_size": self.vision_config.patch_size}, video=True)
-        return pixels.tokens(max(frames, 1), 720, 1280) // max(frames, 1)
+        return pixels.tokens(frames, 720, 1280) if frames else 0
+
+    def held_bytes(self, frames: int, itemsize: int) -> int:
+        merged = 2 * self.vision_config.patch_size  # pixels of a side of what becomes a token
+        number = 3 * merged**2 * 4 + self.text_config.hidden_size * itemsize
+        return self.video_tokens(frames) * number
+
+    def tower_bytes(self, itemsize: int) -> int:
+        vision = self.vision_config
+        turned = 3 * 4 * vision.hidden_size  # queries or keys, rotated in float32
+        return PATCHES * (itemsize * layer_numbers(vision) + turned)
 
 
 # Ours are transformers' names; the authors' file has the decoder one level higher.
@@ -280,6 +290,8 @@ class Body(nn.Module):
 class VideoLlama3Network(VideoModel):
     """The network. Parameter names are those of transformers."""
 
+    media_types = (Patches,)
+
     def __init__(self, config: VideoLlama3Config) -> None:
         super().__init__()
         self.config = config
@@ -296,18 +308,28 @@ class VideoLlama3Network(VideoModel):
     def head(self) -> nn.Linear:
         return self.lm_head
 
-    def encode(self, media: Sequence[Media]) -> list[Encoded]:
+    def _encoding(self, media: Sequence[Media]) -> Generator[None, None, list[Encoded]]:
         """Patches of each image or video -> its (M, D) features, those that are kept."""
-        return [self._encode(item) for item in media]
+        made = []
+        for item in media:
+            if not isinstance(item, Patches):
+                raise InvalidArgument("VideoLLaMA3 takes media as its processor makes them")
+            made.append(Encoded((yield from self._tokens(item))))
+        return made
 
-    def _encode(self, item: Media) -> Encoded:
-        if not isinstance(item, Patches):
-            raise InvalidArgument("VideoLLaMA3 takes media as its processor makes them")
-        rows = item.pixels.to(self.device, self.dtype)
-        merged = self.model.vision_model(rows, item.grid, item.merge)
-        if item.kept is not None:
-            merged = merged[item.kept.to(merged.device)]  # the projector works token by token
-        return Encoded(self.model.projector(merged))
+    def _tokens(self, item: Patches) -> Generator[None, None, Tensor]:
+        encoder, project = self.model.vision_model, self.model.projector
+        encoder.check(item.pixels, item.grid, item.merge)
+        (t, h, w), block = item.grid, item.merge**2
+        kept = item.pixels.new_ones(t * h * w // block).bool() if item.kept is None else item.kept
+        tokens, at = Rows(int(kept.sum())), 0
+        for rows in item.pixels.split(encoder.at_a_time(h * w) * h * w):
+            merged = encoder(rows, (len(rows) // (h * w), h, w), item.merge)
+            here = kept[at : at + len(merged)]
+            at += len(merged)
+            tokens.add(project(merged[here.to(merged.device)]))
+            yield
+        return tokens.whole()
 
 
 FAMILY = Family(

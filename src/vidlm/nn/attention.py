@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
-from vidlm.nn.step import Step
+from vidlm import native
+from vidlm.nn.step import Pages, Step
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
@@ -17,6 +18,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
     """
     if step.trace.attentions is not None:
         return _shown(q, k, v, step, layer)
+    if step.pages is not None:
+        return _paged(q, k, v, step, step.pages, layer)
     if step.uniform:
         return _uniform(q, k, v, len(step.lengths))
     rows = []
@@ -28,6 +31,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
             keys, values = segment.kv.append(layer, k[part], v[part])
         single = segment.stop - segment.start == 1
         rows.append((_decode if single else _prefill)(q[part], keys, values))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _paged(q: Tensor, k: Tensor, v: Tensor, step: Step, pages: Pages, layer: int) -> Tensor:
+    keys, values = pages.layer(layer, k, v)  # (K, N, E)
+    native.store(k, v, keys, values, pages.slots)
+    if max(step.lengths) == 1:
+        return native.decode_attention(q, keys, values, pages.tables, pages.lengths, pages.block)
+    rows = []
+    for segment, span in zip(step.segments(), pages.spans, strict=True):
+        part = slice(segment.start, segment.stop)
+        rows.append(_prefill(q[part], keys[:, span], values[:, span]))
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
@@ -50,12 +65,18 @@ def _shown(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
 
 def attend_memory(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Without a mask: q (n, H, E) over keys and values (K, S, E) -> (n, H, E)."""
+    found = native.flash(q[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], False)
+    if found is not None:
+        return found[0]
     out = _full(q.transpose(0, 1)[None], keys[None], values[None], causal=False)
     return out[0].transpose(0, 1)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask inside each frame: (F, P, H, E) each -> (F, P, H, E)."""
+    found = native.flash(q, k, v, causal=False)
+    if found is not None:
+        return found
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (F, H, P, E)
     return _full(q, k, v, causal=False).transpose(1, 2)
 
@@ -105,6 +126,9 @@ def _weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 def _prefill(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """q (n, H, E) at the end of keys and values (K, S, E)."""
+    found = native.flash(q[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], True)
+    if found is not None:
+        return found[0]
     n, S = q.shape[0], keys.shape[1]
     mask = None
     if S > n:  # later chunks: row i sees the S - n cached tokens and the first i + 1 new ones

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidlm import native
 from vidlm.errors import UnsupportedModel
-from vidlm.nn.activation import activation
+from vidlm.nn.activation import gated
 from vidlm.nn.attention import attend
 from vidlm.nn.embedding import Embedding
+from vidlm.nn.linear import bare, linear, linears
+from vidlm.nn.stack import decode
 from vidlm.nn.step import Step
 
 
@@ -155,9 +158,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return native.rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and what this norm makes of it."""
+        if bare(self):
+            return native.add_rms_norm(x, delta, self.weight, self.eps)
+        both = x + delta
+        return both, self(both)
 
 
 def rope_tables(config: DecoderConfig, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -172,6 +180,8 @@ def rope_tables(config: DecoderConfig, step: Step, dtype: torch.dtype) -> tuple[
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (table.to(x.dtype) for table in rope)  # differs under autocast alone
+    if x.ndim == 3:
+        return native.rotate(x, cos.squeeze(1), sin.squeeze(1))
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -188,11 +198,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step) -> Tensor:
-        split = (-1, self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, split), rope)  # (T, H, E)
-        k = rotate(self.k_proj(x).unflatten(-1, split), rope)  # (T, K, E)
-        v = self.v_proj(x).unflatten(-1, split)
-        return self.o_proj(attend(q, k, v, step, self.layer).flatten(1))
+        rows = linears((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in rows)  # (T, H or K, E)
+        q, k = rotate(q, rope), rotate(k, rope)
+        return linear(self.o_proj, attend(q, k, v, step, self.layer).flatten(1))
 
 
 class MLP(nn.Module):
@@ -202,23 +211,31 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(D, wide, bias=False)
         self.up_proj = nn.Linear(D, wide, bias=False)
         self.down_proj = nn.Linear(wide, D, bias=False)
-        self.act = activation(config.hidden_act)
+        self.gated = gated(config.hidden_act)
+        self.gated_in_place = gated(config.hidden_act, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears((self.gate_proj, self.up_proj), x)
+        # A hook of gate_proj may have kept what it saw.
+        act = self.gated_in_place if bare(self.gate_proj) else self.gated
+        return linear(self.down_proj, act(gate, up))
 
 
 class Layer(nn.Module):
+    plain = True  # computes what is below and nothing else; a subclass that adds to it says False
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
+        self.config = config
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        found = self.self_attn(self.input_layernorm(x), rope, step)
+        x, normed = self.post_attention_layernorm.after(x, found)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -234,6 +251,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         trace = step.trace.hidden
         rope = rope_tables(self.config, step, x.dtype)
+        whole = decode(self.layers, self.norm, x, rope, step)
+        if whole is not None:
+            return whole
         for layer in self.layers:
             if trace is not None:
                 trace.append(x)

@@ -93,6 +93,7 @@ class HybridAttention(Attention):
 class HybridLayer(Layer):
     """A decoder layer with HybridAttention."""
 
+    plain = False
     self_attn: HybridAttention
 
     def __init__(self, config: DecoderConfig, layer: int, gate: Gate) -> None:

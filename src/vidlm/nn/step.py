@@ -9,7 +9,7 @@ can run in one process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -55,6 +55,34 @@ class KV(Protocol):
 
 
 @dataclass(frozen=True)
+class Pages:
+    """Where a step's keys and values lie in a cache that all sequences share, block by block.
+
+    layer    number, keys and values (T, K, E) of a step's tokens -> that layer's buffers (K, N, E)
+             of keys and of values, N the slots of the whole cache
+    block    slots of a block
+    tables   (B, W) int32, the blocks of each sequence, filled up with anything
+    lengths  (B,) int32, tokens of each sequence, this step's included
+    slots    (T,) int64, where each of this step's tokens goes
+    spans    of each sequence, where all its tokens are: a slice where they lie behind each other,
+             (S,) int64 slots where not
+    """
+
+    layer: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+    block: int
+    tables: Tensor
+    lengths: Tensor
+    slots: Tensor
+    spans: tuple[slice | Tensor, ...]
+
+    def to(self, device: torch.device) -> Pages:
+        """The same with its tensors on this device."""
+        spans = tuple(s if isinstance(s, slice) else s.to(device) for s in self.spans)
+        tables, lengths, slots = (x.to(device) for x in (self.tables, self.lengths, self.slots))
+        return replace(self, tables=tables, lengths=lengths, slots=slots, spans=spans)
+
+
+@dataclass(frozen=True)
 class Segment:
     """One sequence's share of the packed axis."""
 
@@ -85,6 +113,7 @@ class Step:
     lengths    new tokens of each sequence; they add up to T
     kv         where each sequence's earlier keys and values are, or None to run without a cache
                (each sequence then starts at its first token here: training, scoring)
+    pages      the engine's way to keep them, instead of kv
     memory     of each sequence, or None where no sequence has one
     readers    (T,) bool: the tokens that attend to their sequence's memory; None: all of them
     trace      where layers leave what the caller asked to see
@@ -93,6 +122,7 @@ class Step:
     positions: Tensor
     lengths: tuple[int, ...]
     kv: tuple[KV, ...] | None = None
+    pages: Pages | None = None
     memory: tuple[Memory | None, ...] | None = None
     readers: Tensor | None = None
     trace: Trace = field(default_factory=Trace)
@@ -100,7 +130,7 @@ class Step:
     @property
     def uniform(self) -> bool:
         """Whether all sequences bring the same number of tokens and there is no cache."""
-        return self.kv is None and len(set(self.lengths)) == 1
+        return self.kv is None and self.pages is None and len(set(self.lengths)) == 1
 
     def segments(self) -> Iterator[Segment]:
         start = 0
@@ -122,4 +152,4 @@ def packed(lengths: Sequence[int], device: torch.device, kv: Sequence[KV] | None
     if kv is None:
         return Step(positions, tuple(lengths))
     memory = tuple(store.memory for store in kv)
-    return Step(positions, tuple(lengths), tuple(kv), memory if any(memory) else None)
+    return Step(positions, tuple(lengths), tuple(kv), memory=memory if any(memory) else None)

@@ -22,9 +22,10 @@ from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.vision.patches import Grid
 from vidlm.vision.vit import Encoder, Rope
 
-# Patches encoded at a time. A frame cannot be parted, and an image may have as many as this in the
-# published budget (16384 tokens of one patch each): no video takes more memory than that image.
-PATCHES = 16384
+# Patches encoded at a time: weights are read for enough work, and no video takes more memory than
+# the largest image, which has twice as many in the published budget (16384 tokens of one patch
+# each) and cannot be parted.
+PATCHES = 3072
 
 NAMES = ("video_llama_3_vision", "videollama3_vision_encoder")  # transformers' and the native one
 
@@ -142,13 +143,13 @@ class NaViT(nn.Module):
 
         Raises InvalidArgument where rows, grid and merge do not fit each other.
         """
-        self._check(rows, grid, merge)
+        self.check(rows, grid, merge)
         t, h, w = grid
         rope = self._rope(h, w, merge)
         kept: list[list[Tensor]] = [[] for _ in range(len(self.encoder.layers) + 1)]
         seen: list[list[Tensor]] = [[] for _ in self.encoder.layers]
         features = []
-        for frames in rows.unflatten(0, (t, h * w)).split(max(1, PATCHES // (h * w))):
+        for frames in rows.unflatten(0, (t, h * w)).split(self.at_a_time(h * w)):
             weights: list[Tensor] | None = None if attentions is None else []
             for depth, x in enumerate(self._states(frames, rope, weights)):  # (F, P, D)
                 if hidden is not None:
@@ -178,7 +179,13 @@ class NaViT(nn.Module):
         angles = angles.flatten(1).repeat(1, 2)[:, None]
         return angles.cos(), angles.sin()
 
-    def _check(self, rows: Tensor, grid: Grid, merge: int) -> None:
+    @staticmethod
+    def at_a_time(patches: int) -> int:
+        """Frames of so many patches encoded together."""
+        return max(1, PATCHES // patches)
+
+    def check(self, rows: Tensor, grid: Grid, merge: int) -> None:
+        """Raises InvalidArgument where rows, grid and merge do not fit each other."""
         t, h, w = grid
         count, width = t * h * w, 3 * self.config.patch_size**2
         if min(t, h, w, merge) < 1 or h % merge or w % merge:

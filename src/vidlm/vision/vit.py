@@ -20,6 +20,7 @@ from vidlm.nn.activation import activation
 from vidlm.nn.attention import attend_all, weigh_all
 from vidlm.nn.decoder import rotate
 from vidlm.nn.embedding import Embedding
+from vidlm.nn.linear import bare, linear, linears
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         F = pixels.shape[0]
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (F, P, D)
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2).contiguous()  # (F, P, D)
         if self.class_token:
             x = torch.cat((self.class_embedding.expand(F, 1, -1), x), dim=1)
         return x + self.position_embedding.weight
@@ -142,13 +143,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope | None = None, weights: list[Tensor] | None = None
     ) -> Tensor:
-        split = (self.heads, -1)
-        q, k, v = (p(x).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
+        rows = linears((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in rows)
         if rope is not None:
             q, k = (rotate(heads.float(), rope).to(heads.dtype) for heads in (q, k))
         if weights is not None:
             weights.append(weigh_all(q, k))
-        return self.out_proj(attend_all(q, k, v).flatten(2))
+        return linear(self.out_proj, attend_all(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -157,9 +158,13 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act = activation(config.hidden_act)
+        self.act_in_place = activation(config.hidden_act, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        wide = linear(self.fc1, x)
+        # A hook of fc1 may have kept what it saw.
+        act = self.act_in_place if bare(self.fc1) else self.act
+        return linear(self.fc2, act(wide))
 
 
 class Layer(nn.Module):

@@ -1,0 +1,20 @@
+"""The simple face of vidlm: `lm = vidlm.load(...)`, `lm.ask("a.mp4", "What happens?")`."""
+
+from __future__ import annotations
+
+from vidlm.api.answer import Answer, AnswerStream, Logprob
+from vidlm.api.chat import Chat
+from vidlm.api.handle import VideoHandle
+from vidlm.api.index_file import is_index
+from vidlm.api.lm import LM, load
+
+__all__ = [
+    "LM",
+    "Answer",
+    "AnswerStream",
+    "Chat",
+    "Logprob",
+    "VideoHandle",
+    "is_index",
+    "load",
+]

@@ -1,0 +1,175 @@
+"""Several turns about the same videos and images; a single question is the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidlm.api.answer import Answer, AnswerStream, Logprob
+from vidlm.api.fitting import fitted
+from vidlm.api.handle import VideoHandle, system_message
+from vidlm.api.index_file import is_index
+from vidlm.api.keywords import read_options, sampling_params
+from vidlm.engine import Request, Timings, Token
+from vidlm.errors import InvalidArgument
+from vidlm.hf import FrameOptions
+from vidlm.models.base import Media
+from vidlm.text import Detokenizer, StopStrings, Tokenizer
+from vidlm.types import FinishReason, FrameRef, SamplingParams, Usage
+
+if TYPE_CHECKING:
+    from vidlm.api.lm import LM
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A conversation so far: messages that name their media, and these in order."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    media: list[Media] = field(default_factory=list)
+
+
+class Chat:
+    """Several turns about the same media."""
+
+    def __init__(
+        self,
+        lm: LM,
+        media: Any = None,
+        *,
+        system: str | None = None,
+        fit: bool = False,
+        **options: Any,
+    ) -> None:
+        self.lm = lm
+        self._frames, self._sampling = read_options(options)
+        self._fit = fit
+        self._turns = _Turn(system_message(system))
+        self._sources = _sources(media)
+        self.frames: tuple[FrameRef, ...] = ()
+        self._warnings: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was said so far; media parts hold nothing but their type."""
+        return self._turns.messages
+
+    def ask(self, question: str, **sampling: Any) -> Answer:
+        """The answer to the next turn."""
+        return self.stream(question, **sampling).answer
+
+    def stream(self, question: str, **sampling: Any) -> AnswerStream:
+        """The next turn, piece by piece. The turn joins the conversation when it is finished."""
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidArgument(f"question={question!r}; ask something, as text")
+        frames, changed = read_options(sampling)
+        if frames != FrameOptions():
+            raise InvalidArgument("frames are chosen once for a chat; pass them to lm.chat()")
+        timings, how = Timings(), {**self._sampling, **changed}
+        read = self._read(question, how, timings)
+        parts = [part for one in read for part in one.parts]
+        user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        turn = _Turn(
+            [*self._turns.messages, user],
+            [*self._turns.media, *(item for one in read for item in one.media)],
+        )
+        with timings.stage("preprocess"):
+            prompt = self.lm.processor.prompt(self.lm.processor.render(turn.messages), turn.media)
+        params = sampling_params(self.lm.model, how, len(prompt.ids))
+        finished: list[Answer] = []
+        pieces = self._run(Request(prompt, params), timings, finished, turn)
+        return AnswerStream(self.frames, len(prompt.ids), timings, pieces, finished)
+
+    def _read(self, question: str, sampling: dict[str, Any], timings: Timings) -> list[VideoHandle]:
+        """The media of the first turn; none later."""
+        if not self._sources:
+            return []
+        sources = [self._loaded(source) for source in self._sources]
+        frames = self._frames
+        if self._fit:
+            messages = [*self._turns.messages, {"role": "user", "content": question}]
+            frames = fitted(self.lm, sources, frames, messages, sampling)
+        read = [
+            source.checked(self.lm, self._frames)
+            if isinstance(source, VideoHandle)
+            else VideoHandle.read(self.lm, source, frames, timings)
+            for source in sources
+        ]
+        self.frames = tuple(
+            replace(frame, media=i) for i, one in enumerate(read) for frame in one.frames
+        )
+        self._warnings = tuple(warning for one in read for warning in one.warnings)
+        return read
+
+    def _loaded(self, source: Any) -> Any:
+        """Saved videos as handles; other sources as they are."""
+        if is_index(source):
+            return VideoHandle.load(self.lm, Path(source), self._frames)
+        return source
+
+    def _run(
+        self, request: Request, timings: Timings, finished: list[Answer], turn: _Turn
+    ) -> Iterator[str]:
+        tokenizer, prompt = self.lm.processor.tokenizer, request.prompt
+        text = _Text(tokenizer, request.params)
+        tokens: list[Token] = []
+        for token in self.lm.engine.stream(request, timings):
+            tokens.append(token)
+            if piece := text.push(token):
+                yield piece
+            if text.stopped:
+                break
+        if rest := text.flush():
+            yield rest
+        media_tokens = sum(item.tokens for item in prompt.media)
+        answered = {"role": "assistant", "content": [{"type": "text", "text": text.said}]}
+        self._turns, self._sources = replace(turn, messages=[*turn.messages, answered]), []
+        finished.append(
+            Answer(
+                text.said.strip(),
+                self.frames,
+                Usage(len(prompt.ids), media_tokens, len(tokens)),
+                timings,
+                FinishReason.STOP if text.stopped else tokens[-1].finish or FinishReason.LENGTH,
+                self._warnings,
+                tuple(_logprob(tokenizer, token) for token in tokens if token.logprob is not None),
+            )
+        )
+
+
+class _Text:
+    """The text of an answer as its tokens come, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=True)
+        self._stops = StopStrings(params.stop)
+        self.said, self.stopped = "", False
+
+    def push(self, token: Token) -> str:
+        piece, self.stopped = self._stops.push(self._detokenizer.push(token.id))
+        self.said += piece
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        if self.stopped:
+            return ""
+        rest, self.stopped = self._stops.push(self._detokenizer.flush())
+        rest += self._stops.flush()
+        self.said += rest
+        return rest
+
+
+def _logprob(tokenizer: Tokenizer, token: Token) -> Logprob:
+    assert token.logprob is not None
+    top = tuple(Logprob(id, tokenizer.decode([id]), value) for id, value in token.top)
+    return Logprob(token.id, tokenizer.decode([token.id]), token.logprob, top)
+
+
+def _sources(media: Any) -> list[Any]:
+    """One source or a list of them."""
+    if media is None:
+        return []
+    return list(media) if isinstance(media, list | tuple) else [media]

@@ -1,0 +1,208 @@
+"""A video that is read, prepared and paid for once, and asked about as often as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
+from vidlm.api.keywords import plain
+from vidlm.engine import Request, Timings
+from vidlm.engine.inputs import PromptInputs
+from vidlm.engine.store import weights_stamp
+from vidlm.errors import InvalidArgument
+from vidlm.hf import FrameOptions
+from vidlm.media import is_image
+from vidlm.models.base import Encoded, Media, Prompt
+from vidlm.types import FrameRef, SamplingParams
+
+if TYPE_CHECKING:
+    from vidlm.api.answer import Answer, AnswerStream
+    from vidlm.api.chat import Chat
+    from vidlm.api.lm import LM
+
+
+@dataclass(frozen=True, eq=False)
+class VideoHandle:
+    """One source, ready for questions; `lm.video` makes it.
+
+    It stands wherever `ask`, `stream` and `chat` take a source. Its features, and the keys and
+    values of the prompt up to the question, stay in the engine's cache while there is room; its
+    pixels are held as long as it is, so that they can be made again.
+
+    name      of the source
+    frames    which frames of it were taken
+    warnings  what could not be read of it
+    media     what the model gets, and `parts` how a message names it
+    sampling  the keywords that chose the frames, as `vidlm.media.load_video` takes them
+    made_by   the state of the model that made its features, where it was loaded without pixels
+    """
+
+    lm: LM = field(repr=False)
+    name: str
+    frames: tuple[FrameRef, ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    media: tuple[Media, ...] = field(default=(), repr=False)
+    parts: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    made_by: object = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, lm: LM, source: Any, frames: FrameOptions, timings: Timings) -> VideoHandle:
+        """A source, with its frames chosen and made into pixels."""
+        with timings.stage("decode_media"):
+            user = {"role": "user", "content": [_part(source)]}
+            read = lm.processor.read([user], frames)
+        with timings.stage("preprocess"):
+            media = lm.processor.media(read.images, read.videos)
+        return cls(
+            lm,
+            str(source) if isinstance(source, str | Path) else type(source).__name__,
+            tuple(read.frames),
+            tuple(read.warnings),
+            tuple(media),
+            tuple(read.messages[0]["content"]),
+            plain(frames),
+        )
+
+    @classmethod
+    def load(cls, lm: LM, path: Path, frames: FrameOptions) -> VideoHandle:
+        """What `save` wrote. Raises InvalidArgument, naming what differs, where it was written by
+        another model, dtype or version or with other frames than are asked for."""
+        index, media, layers = read_index(path, lm.identity, plain(frames))
+        here = tuple(_on_device(item, lm) for item in media)
+        prompt = Prompt(index.prompt, here)
+        _check_whole(path, lm, prompt, layers)
+        if layers:
+            lm.engine.store(prompt, layers)
+        made_by = weights_stamp(lm.model)
+        shown = (index.name, index.frames, index.warnings)
+        return cls(lm, *shown, here, index.parts, index.sampling, made_by)
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """As `lm.ask`, about this video."""
+        return self.lm.ask(self, question, **options)
+
+    def stream(self, question: str, **options: Any) -> AnswerStream:
+        """As `lm.stream`, about this video."""
+        return self.lm.stream(self, question, **options)
+
+    def chat(self, **options: Any) -> Chat:
+        """As `lm.chat`, about this video."""
+        return self.lm.chat(self, **options)
+
+    def prompt(self, question: str, system: str | None = None) -> Prompt:
+        """What the engine is asked by `ask`: for a `Request` to an engine of your own."""
+        parts = [*self.parts, {"type": "text", "text": question}]
+        messages = [*system_message(system), {"role": "user", "content": parts}]
+        processor = self.lm.processor
+        return processor.prompt(processor.render(messages), self.media)
+
+    def save(self, path: str | Path, *, kv: bool = True, system: str | None = None) -> None:
+        """Write the features and, with `kv`, the keys and values of the prompt up to the question
+        to a .safetensors file, which `lm.video(path)` answers from without the video.
+
+        `system` is the system prompt that questions will have: it stands in front of the video.
+        Pixels are not kept. Raises InvalidArgument for another suffix, OSError where it cannot be
+        written.
+        """
+        path = checked_name(path)
+        lm, engine = self.checked(self.lm, FrameOptions()).lm, self.lm.engine
+        prompt = self._beginning(system)
+        if kv:  # puts what is stored below into the cache, features too
+            for _ in engine.stream(Request(prompt, SamplingParams(max_new_tokens=1))):
+                pass
+        layers = engine.stored(prompt) if kv else []
+        index = Index(
+            identity=lm.identity,
+            name=self.name,
+            frames=self.frames,
+            warnings=self.warnings,
+            parts=self.parts,
+            sampling=self.sampling,
+            prompt=prompt.ids,
+        )
+        write_index(path, index, self.media, engine.features(self.media), layers)
+
+    def checked(self, lm: LM, frames: FrameOptions) -> VideoHandle:
+        """This handle. Raises InvalidArgument where it is not of this model as it is now, or has
+        other frames than are asked for."""
+        if self.lm is not lm:
+            raise InvalidArgument(
+                f"the handle of {self.name} was made by another model; make one with this "
+                "model's lm.video()"
+            )
+        if self.made_by is not None and self.made_by != weights_stamp(lm.model):
+            raise InvalidArgument(
+                f"the handle of {self.name} was loaded from a file, and the model's weights were "
+                "changed since; make it again from the video"
+            )
+        asked = plain(frames)
+        if asked and asked != dict(self.sampling):
+            raise InvalidArgument(
+                f"the frames of {self.name} were chosen by {dict(self.sampling) or 'the default'}, "
+                f"asked for now are {asked}; leave them out, or make another handle"
+            )
+        return self
+
+    def _beginning(self, system: str | None) -> Prompt:
+        """The prompt as far as it is the same whatever the question."""
+        first, second = (self.prompt(text, system).ids for text in ("A", "7 z"))
+        same = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+        return Prompt(first[:same], self.media)
+
+
+def system_message(text: str | None) -> list[dict[str, Any]]:
+    """The messages of a conversation before its first turn."""
+    if text is None:
+        return []
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}]
+
+
+def is_still(source: Any) -> bool:
+    """Whether a source is an image, which is recognised by its name where it is a path."""
+    if isinstance(source, str | Path):
+        return is_image(source)
+    return isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.ndim == 3)
+
+
+def _part(source: Any) -> dict[str, Any]:
+    """A video, or an image where the source is recognised as one; a list is a video's frames."""
+    if not is_still(source):
+        return {"type": "video", "video": source}
+    if isinstance(source, str | Path):
+        return {"type": "image", "path": str(source)}
+    return {"type": "image", "image": source}
+
+
+def _check_whole(
+    path: Path, lm: LM, prompt: Prompt, layers: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Whether what a file says fits together, and the model that it names."""
+    try:
+        PromptInputs(lm.model, prompt, None)
+    except InvalidArgument as error:
+        raise damaged(path, error) from error
+    if not layers:
+        return
+    sizes, shapes = lm.model.decoder.config, {tuple(x.shape) for pair in layers for x in pair}
+    (shape,) = shapes if len(shapes) == 1 else [()]
+    known = shape[::2] == (sizes.num_key_value_heads, sizes.head_dim)
+    if len(layers) != sizes.num_hidden_layers or not known or shape[1] > len(prompt.ids):
+        raise damaged(path, f"{len(layers)} layers of keys and values of shapes {shapes}")
+
+
+def _on_device(item: Media, lm: LM) -> Media:
+    """With its features where the model is."""
+    if item.encoded is None:
+        return item
+    tokens, memory = item.encoded.tokens, item.encoded.memory
+    device = lm.model.device
+    here = Encoded(tokens.to(device), None if memory is None else memory.to(device))
+    return replace(item, encoded=here)

@@ -1,0 +1,133 @@
+"""A model and its processor behind a few words."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from vidlm.api.answer import Answer, AnswerStream
+from vidlm.api.chat import Chat
+from vidlm.api.handle import VideoHandle
+from vidlm.api.index_file import Identity, is_index
+from vidlm.api.keywords import read_options
+from vidlm.engine import Engine, EngineOptions, Timings
+from vidlm.engine.store import weights_stamp
+from vidlm.errors import InvalidArgument
+from vidlm.hf import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    ForConditionalGeneration,
+    ProcessorMixin,
+)
+from vidlm.weights import fingerprint
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    engine: EngineOptions | None = None,
+) -> LM:
+    """Load a model and its processor from a folder, a hub repository, or "demo".
+
+    dtype   a torch dtype or its name; None: what the checkpoint is stored in
+    device  "cpu", "cuda", "auto"; None: the CPU
+    engine  how much it may remember, and whether answers must be exact; see EngineOptions
+    Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError.
+    """
+    where = {"revision": revision, "local_files_only": local_files_only}
+    processor = AutoProcessor.from_pretrained(name, **where)
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=dtype, device_map=device, **where
+    )
+    return LM(model, processor, engine)
+
+
+class LM:
+    """A model that answers questions about videos and images.
+
+    A source is a path, a URL, the bytes of a file, an open file, an array of frames, a loaded
+    `Video`, a PIL image, a `VideoHandle`, or, inside a list of sources, a list of images: the
+    frames of one video. A path that ends with .safetensors is a video that `VideoHandle.save`
+    wrote. Keywords of `ask`, `stream` and `chat`:
+
+    frames or fps, min_frames, max_frames, start, end, sampling, indices, times    which frames of
+        each video, as `vidlm.media.load_video` takes them; unless given, the family's rule:
+        8 frames, for VideoLLaMA3 one a second (4 to 180)
+    fit                                      take no more frames than fit into context and memory
+    system                                   a system prompt
+    max_tokens, min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+    num_beams, length_penalty, early_stopping    as `generate` takes them; greedy unless given
+    logprobs                                 `Answer.logprobs`, with so many of the likeliest tokens
+
+    All questions share one `engine`, which remembers videos and prompts; those of several threads
+    are answered together. `engine.stats` tells what it does, `engine.clear()` makes it forget.
+    """
+
+    def __init__(
+        self,
+        model: ForConditionalGeneration,
+        processor: ProcessorMixin,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.engine = Engine(model, tokenizer=processor.tokenizer, options=options)
+        self._identity: tuple[object, Identity] | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What a saved video must agree with. Reads all weights where they are new."""
+        stamp = weights_stamp(self.model)
+        if self._identity is None or self._identity[0] != stamp:
+            config = self.model.config
+            said = {**config.to_dict(), "torch_dtype": None, "dtype": None}  # told by `dtype`
+            words = json.dumps(said, sort_keys=True).encode()
+            made = Identity(
+                model_type=config.model_type,
+                dtype=str(self.model.dtype).removeprefix("torch."),
+                config=blake2b(words, digest_size=16).hexdigest(),
+                weights=fingerprint(self.model),
+                exact=self.engine.options.exact,
+            )
+            self._identity = stamp, made
+        return self._identity[1]
+
+    def video(self, source: Any, **options: Any) -> VideoHandle:
+        """Read and prepare a source once, to ask about it as often as you like.
+
+        `options` are the keywords that choose frames. A path that ends with .safetensors is one
+        that `VideoHandle.save` wrote. Raises MediaError where the source cannot be read,
+        InvalidArgument where a saved video is not of this model.
+        """
+        frames, sampling = read_options(options)
+        if sampling:
+            raise InvalidArgument(
+                f"{', '.join(sampling)} belong to a question; lm.video() takes what chooses frames"
+            )
+        if isinstance(source, VideoHandle):
+            return source.checked(self, frames)
+        if is_index(source):
+            return VideoHandle.load(self, Path(source), frames)
+        return VideoHandle.read(self, source, frames, Timings())
+
+    def ask(self, media: Any, question: str, **options: Any) -> Answer:
+        """Answer one question about one source or a list of them, in the order given.
+
+        Raises MediaError where a source cannot be read, ContextOverflow where the frames do not
+        fit, TypeError on an unknown keyword.
+        """
+        return self.stream(media, question, **options).answer
+
+    def stream(self, media: Any, question: str, **options: Any) -> AnswerStream:
+        """Like `ask`, piece by piece."""
+        return self.chat(media, **options).stream(question)
+
+    def chat(self, media: Any = None, **options: Any) -> Chat:
+        """A conversation about the media; each question builds on the ones before."""
+        return Chat(self, media, **options)

@@ -1,0 +1,76 @@
+"""`vidlm index`: pay for videos once, and keep what was paid for."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from vidlm.cli.ask import frame_keywords, load_model
+from vidlm.cli.options import Index
+from vidlm.cli.progress import Progress
+from vidlm.cli.sources import SAVED, STDIN, check_sources, chosen_frames, is_saved, read
+from vidlm.errors import InvalidArgument
+
+
+def index(given: Index) -> None:
+    """The files' paths on stdout. What can be wrong without a model is found before it is there."""
+    frames = frame_keywords(chosen_frames(given))
+    targets = target_files(given)
+    check_sources(given.videos)
+    if given.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with Progress(given.quiet) as progress:
+        lm = load_model(given, progress)
+        for source, target in zip(given.videos, targets, strict=True):
+            began = time.perf_counter()
+            progress.now(f"reading {source}")
+            video = lm.video(read(source), **frames)
+            count = f"{len(video.frames)} frames" if video.frames else "an image"
+            progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
+            began = time.perf_counter()
+            progress.now(f"{count} for {target}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            video.save(target, kv=not given.no_kv, system=given.system)
+            size = f"{target.stat().st_size / 1e6:,.1f} MB"
+            progress.done(time.perf_counter() - began, "save", f"{target}, {size}")
+            print(target, flush=True)
+
+
+def target_files(given: Index) -> list[Path]:
+    """Where each video is saved. Raises InvalidArgument where two would be one file, or where one
+    exists and may not be replaced."""
+    saved = [source for source in given.videos if is_saved(source)]
+    if saved:
+        raise InvalidArgument(f"{saved[0]} is a saved video already; give the video itself")
+    if given.output is not None and len(given.videos) == 1:
+        targets = [_named(given.output)]
+    else:
+        folder = given.output or Path()
+        targets = [folder / _name(source) for source in given.videos]
+    if len(set(targets)) < len(targets):
+        raise InvalidArgument(
+            f"two of the videos would be saved as one file: {', '.join(map(str, targets))}; save "
+            "them one by one, each with an --output of its own"
+        )
+    there = [target for target in targets if target.exists()]
+    if there and not given.force:
+        raise InvalidArgument(
+            f"{there[0]} exists already; replace it with --force, or name another with --output"
+        )
+    return targets
+
+
+def _named(output: Path) -> Path:
+    if output.suffix != SAVED:
+        raise InvalidArgument(
+            f"--output {output}: a saved video ends with {SAVED}; name it "
+            f"{output.with_name(output.stem + SAVED)}"
+        )
+    return output
+
+
+def _name(source: str) -> str:
+    if source == STDIN or source[:5].lower() == "data:":
+        raise InvalidArgument("what is piped in has no name; give one with --output")
+    return Path(source.partition("?")[0]).stem + SAVED

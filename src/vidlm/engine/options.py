@@ -1,0 +1,63 @@
+"""What an engine is told when it is made, and what it tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vidlm.engine.features import FeatureStats
+from vidlm.engine.sequence import SchedulerStats
+from vidlm.errors import InvalidArgument
+
+BLOCK = 16  # tokens whose keys and values lie, and are shared, together
+EXACT_GRID = 512  # tokens prefilled at a time in exact mode
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine may hold, and what it may remember.
+
+    kv_bytes       for keys and values; None: half of what is free when the engine is made. On a
+                   CPU it is taken only as tokens are stored.
+    feature_bytes  for features of media that may be asked about again
+    max_sequences  answers under way at a time; others wait
+    chunk          tokens of prompts prefilled in a step: what an answer under way waits for
+    idle_chunk     the same where none waits: more at once is computed faster
+    share          whether prompts with the same beginning share its keys and values, and the same
+                   media their features
+    exact          every token is computed in the same shapes whoever else is served and whatever
+                   was cached, so that in bfloat16, too, an answer is the same alone and in company;
+                   media are encoded and answers decoded one after the other
+    """
+
+    kv_bytes: int | None = None
+    feature_bytes: int = 1 << 30
+    max_sequences: int = 64
+    chunk: int = 512
+    idle_chunk: int = 2048
+    share: bool = True
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "max_sequences", "chunk", "idle_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name}={value}; allowed: at least 1")
+        if self.feature_bytes < 0:
+            raise InvalidArgument(f"feature_bytes={self.feature_bytes}; allowed: 0 (none) or more")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does and has spared since it was made or cleared.
+
+    scheduler  requests by state, and blocks of keys and values: those in use, those kept, tokens
+               found in them
+    features   of media: found, made, kept
+    prefilled  tokens of prompts that were computed; those found stored are not among them
+    decoded    tokens of answers that were computed
+    """
+
+    scheduler: SchedulerStats
+    features: FeatureStats
+    prefilled: int
+    decoded: int

@@ -1,0 +1,93 @@
+"""What an engine keeps: keys and values in blocks that prompts share, and features of media."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidlm.engine.blocks import BlockPool, block_keys
+from vidlm.engine.features import FeatureCache
+from vidlm.engine.inputs import PromptInputs
+from vidlm.engine.kv import PagedKV, bytes_per_token
+from vidlm.engine.memory import free_bytes
+from vidlm.engine.options import BLOCK, EngineOptions
+from vidlm.models.base import VideoModel
+
+
+class Store:
+    """The blocks of one engine, by whom they are owned and under which keys, and its features."""
+
+    def __init__(self, model: VideoModel, options: EngineOptions) -> None:
+        self._model, self._share = model, options.share
+        budget = options.kv_bytes
+        if budget is None:
+            budget = free_bytes(model.device) // 2
+        self.block_bytes = block_bytes(model)
+        longest = blocks_for(model.config.max_context) + 1
+        most = longest * options.max_sequences  # more could not be used but for what is kept
+        count = max(min(budget // self.block_bytes, most), 1)
+        self.pool = BlockPool(count, BLOCK)
+        self.kv = PagedKV(count, BLOCK, model.device)
+        self.features = FeatureCache(options.feature_bytes if options.share else 0)
+
+    def keys(self, inputs: PromptInputs) -> list[bytes]:
+        """Of the full blocks of a prompt; none where nothing is shared."""
+        if not self._share:
+            return []
+        return block_keys(inputs.ids, inputs.spans, BLOCK, self.root(inputs))
+
+    def root(self, inputs: PromptInputs) -> bytes:
+        """Where text attends to media ahead of it, its keys and values depend on all of them."""
+        return b"".join(inputs.digests) if self._model.has_memory else b""
+
+    def covers(self, inputs: PromptInputs, keys: Sequence[bytes]) -> bool:
+        """Whether all media of a prompt are stored as keys and values, so that no layer asks for
+        their features."""
+        if inputs.needs_memory:
+            return False
+        last = max((stop for _, stop, _ in inputs.spans), default=0)
+        return last <= self.pool.peek(keys) * BLOCK
+
+    def read(self, keys: Sequence[bytes]) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the keys and values (K, S, E) kept under the longest known beginning of `keys`,
+        of every layer; none where nothing is."""
+        blocks = self.pool.match(keys, again=True)
+        try:
+            return self.kv.read(blocks, len(blocks) * BLOCK) if blocks else []
+        finally:
+            self.pool.release(blocks)
+
+    def write(self, keys: Sequence[bytes], layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Keep what `read` gave under the same keys. False where there is no room for it now."""
+        count = min(layers[0][0].shape[1] // BLOCK, len(keys))
+        if self.pool.peek(keys[:count]) == count:
+            return True
+        if count > self.pool.available:
+            return False
+        blocks = self.pool.allocate(count)
+        stop, device, dtype = count * BLOCK, self._model.device, self._model.dtype
+        here = [(k[:, :stop].to(device, dtype), v[:, :stop].to(device, dtype)) for k, v in layers]
+        self.kv.write(blocks, here)
+        for block, key in zip(blocks, keys, strict=False):
+            self.pool.publish(block, key)
+        self.pool.release(blocks)
+        return True
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def block_bytes(model: VideoModel) -> int:
+    """Memory of one block, in all layers."""
+    sizes = model.decoder.config
+    shape = (sizes.num_hidden_layers, sizes.num_key_value_heads, sizes.head_dim)
+    return BLOCK * bytes_per_token(*shape, model.dtype)
+
+
+def weights_stamp(model: torch.nn.Module) -> object:
+    """Something that differs when weights were changed: a model may be trained between two
+    questions. Changes through `.data` in place are not seen."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]

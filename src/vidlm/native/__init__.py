@@ -1,0 +1,45 @@
+"""Kernels in C for CPUs: compiled on the user's machine at first use, plain torch elsewhere.
+
+`status()` says which it is; VIDLM_NATIVE=0 in the environment switches them off. Shapes are written
+with the legend of vidlm.nn.
+"""
+
+from vidlm.native.flash import flash
+from vidlm.native.library import Status, library, status
+from vidlm.native.ops import (
+    MOST_ROWS,
+    affine,
+    decode_attention,
+    linear,
+    linears,
+    rotate,
+    rotate_store,
+    store,
+)
+from vidlm.native.rows import add_rms_norm, gelu_tanh, quick_gelu, rms_norm, silu_mul
+from vidlm.native.stack import Places, StackLayer, StackShape, stack, takes_rows
+
+__all__ = [
+    "MOST_ROWS",
+    "Places",
+    "StackLayer",
+    "StackShape",
+    "Status",
+    "add_rms_norm",
+    "affine",
+    "decode_attention",
+    "flash",
+    "gelu_tanh",
+    "library",
+    "linear",
+    "linears",
+    "quick_gelu",
+    "rms_norm",
+    "rotate",
+    "rotate_store",
+    "silu_mul",
+    "stack",
+    "status",
+    "store",
+    "takes_rows",
+]

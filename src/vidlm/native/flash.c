@@ -1,0 +1,288 @@
+/* Attention of many queries by the matrix unit of newer Xeons (AMX), in bfloat16.
+ *
+ * Everything is kept the other way round, queries side by side in the lanes of a register: scores
+ * are K Q^T and what is found is V^T P^T. So the largest score and the sum of a query, which run over
+ * keys, are taken lane by lane, and the exponentials of two keys are the pair that the next product
+ * takes. Keys are read as they lie; V^T is laid out once for each head, Q^T once for each 32 queries.
+ * Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in float32 over blocks of 64 keys.
+ */
+#include <stdlib.h>
+
+#include "tiles.h"
+
+typedef struct { /* strides in numbers; a head's E numbers lie side by side */
+    const bf16 *q, *keys, *values;
+    bf16 *out;
+    int64_t B, n, S, H, K, E, causal;
+    int64_t q_batch, q_token, q_head;
+    int64_t k_batch, k_token, k_head;
+    int64_t v_batch, v_token, v_head;
+    int64_t o_batch, o_token, o_head;
+    int64_t parts; /* how many pieces of work the queries of a group of heads are */
+    int64_t done;  /* set to 1 where this machine can */
+} Flash;
+
+#if TILES
+#define HIDDEN -1e30f /* far below every score, and finite: the first key is seen by all queries */
+enum { ROWS = 32, KEYS = 64, MOST = 256 }; /* queries and keys of a block; the widest head */
+
+/* What one thread works in, for one group of heads. */
+typedef struct {
+    bf16 *keys, *values; /* (S16, width) or as they lie; V^T (tall, S32) */
+    int64_t stride, width, tall, S32;
+    bf16 *tail; /* the last keys, filled up to 16 with zeros */
+} Room;
+
+/* 2^x for x <= 0, to 1e-4: a twentieth of what rounding it to bfloat16 costs. */
+INLINE __m512 power(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(12582912.f); /* 1.5 * 2^23: sums have no fraction bits */
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    __m512 whole = _mm512_add_ps(x, magic);
+    __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(whole, magic));
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.055008931f), r, _mm512_set1_ps(0.242210967f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693282928f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    __m512i exponent = _mm512_slli_epi32((__m512i)whole, 23);
+    return (__m512)_mm512_add_epi32((__m512i)p, exponent);
+}
+
+/* Two rows of positive numbers as pairs of bfloat16, to the nearest. */
+INLINE __m512i paired(__m512 low, __m512 high) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512i a = _mm512_srli_epi32(_mm512_add_epi32((__m512i)low, half), 16);
+    __m512i b = _mm512_add_epi32((__m512i)high, half);
+    return _mm512_ternarylogic_epi32(a, b, upper, 0xf8); /* a | (b & upper) */
+}
+
+/* V (S, E) -> V^T, 32 keys after the other: (S32 / 32, tall, 32), zeros around it. */
+static void lay_values(const Flash *f, const bf16 *v, Room *room) {
+    bf16 *at = room->values;
+    for (int64_t s = 0; s < room->S32; s += 32) {
+        int64_t n = least(32, f->S - s);
+        for (int64_t e = 0; e < room->tall; e++, at += 32)
+            for (int64_t i = 0; i < 32; i++)
+                at[i] = i < n && e < f->E ? v[(s + i) * f->v_token + e] : 0;
+    }
+}
+
+/* Keys as they lie where a head is whole tiles wide, else filled up with zeros; and the tail. */
+static void lay_keys(const Flash *f, const bf16 *k, Room *room, bf16 *own) {
+    int64_t whole = f->S / 16 * 16;
+    room->keys = (bf16 *)k;
+    room->stride = f->k_token;
+    if (f->E != room->width) {
+        room->keys = own;
+        room->stride = room->width;
+        for (int64_t s = 0; s < whole; s++) {
+            memcpy(own + s * room->width, k + s * f->k_token, f->E * 2);
+            memset(own + s * room->width + f->E, 0, (room->width - f->E) * 2);
+        }
+    }
+    memset(room->tail, 0, 16 * room->width * 2);
+    for (int64_t s = whole; s < f->S; s++)
+        memcpy(room->tail + (s - whole) * room->width, k + s * f->k_token, f->E * 2);
+}
+
+/* Up to 32 queries -> Q^T: for each step of 32 numbers and each half of the queries, 16 pairs by 16
+ * queries. */
+static void lay_queries(const Flash *f, const bf16 *q, int64_t rows, int64_t width, bf16 *out) {
+    memset(out, 0, ROWS * width * 2);
+    uint32_t *at = (uint32_t *)out;
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t p = 0; p < f->E / 2; p++) {
+            uint32_t pair;
+            memcpy(&pair, q + m * f->q_token + 2 * p, 4);
+            at[((p / 16 * 2 + m / 16) * 16 + p % 16) * 16 + m % 16] = pair;
+        }
+}
+
+INLINE const bf16 *key_tile(const Flash *f, const Room *room, int64_t s, int64_t *stride) {
+    int inside = s + 16 <= f->S;
+    *stride = (inside ? room->stride : room->width) * 2;
+    return inside ? room->keys + s * room->stride : room->tail;
+}
+
+/* Scores (keys, 32) of keys [from, from + 32 * pairs). */
+static void score(const Flash *f, const Room *room, const bf16 *q, int64_t from, int64_t pairs,
+                  float *scores) {
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t first, second, s = from + 32 * i;
+        const bf16 *a = key_tile(f, room, s, &first);
+        /* Where these keys are all beyond the end, any will do: they are hidden afterwards. */
+        const bf16 *b = s + 16 < f->S ? key_tile(f, room, s + 16, &second) : (second = first, a);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < room->width; k += 32) {
+            _tile_loadd(4, a + k, first);
+            _tile_loadd(6, q + k * ROWS, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, q + k * ROWS + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, b + k, second);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        float *out = scores + i * 32 * ROWS;
+        _tile_stored(0, out, ROWS * 4);
+        _tile_stored(1, out + 16, ROWS * 4);
+        _tile_stored(2, out + 16 * ROWS, ROWS * 4);
+        _tile_stored(3, out + 16 * ROWS + 16, ROWS * 4);
+    }
+}
+
+/* What was found so far (tall, 32) += V^T P^T over keys [from, from + 32 * steps). */
+static void find(const Room *room, const bf16 *p, int64_t from, int64_t steps, float *found) {
+    for (int64_t e = 0; e < room->tall; e += 32) {
+        int two = e + 16 < room->tall;
+        float *at = found + e * ROWS, *below = at + 16 * ROWS;
+        _tile_loadd(0, at, ROWS * 4);
+        _tile_loadd(1, at + 16, ROWS * 4);
+        if (two) {
+            _tile_loadd(2, below, ROWS * 4);
+            _tile_loadd(3, below + 16, ROWS * 4);
+        }
+        const bf16 *v = room->values + from * room->tall + e * 32;
+        for (int64_t i = 0; i < steps; i++, v += 32 * room->tall) {
+            _tile_loadd(4, v, 64);
+            _tile_loadd(6, p + i * 1024, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, p + i * 1024 + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (!two) continue;
+            _tile_loadd(5, v + 16 * 32, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, at, ROWS * 4);
+        _tile_stored(1, at + 16, ROWS * 4);
+        if (two) {
+            _tile_stored(2, below, ROWS * 4);
+            _tile_stored(3, below + 16, ROWS * 4);
+        }
+    }
+}
+
+/* Hide keys that queries [first, first + 16) do not see: those behind them, and those that are not. */
+static void hide(const Flash *f, int64_t from, int64_t count, int64_t first, float *scores) {
+    __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    int64_t last = f->causal ? f->S - f->n + first : f->S - 1; /* the last key of the first query */
+    __m512i seen = _mm512_set1_epi32((int)last);
+    if (f->causal)
+        seen = _mm512_min_epi32(_mm512_add_epi32(seen, lanes), _mm512_set1_epi32((int)f->S - 1));
+    for (int64_t k = 0; k < count; k++) {
+        __mmask16 hidden = _mm512_cmplt_epi32_mask(seen, _mm512_set1_epi32((int)(from + k)));
+        if (hidden)
+            _mm512_mask_storeu_ps(scores + k * ROWS, hidden, _mm512_set1_ps(HIDDEN));
+    }
+}
+
+/* Scores of a block -> P^T in pairs of keys; the largest and the sum of 16 queries go on, and the
+ * factor by which what was found before shrinks. */
+INLINE __m512 soften(const float *scores, int64_t count, __m512 scale, __m512 *top, __m512 *total,
+                     bf16 *p) {
+    __m512 most = _mm512_loadu_ps(scores), other = _mm512_loadu_ps(scores + ROWS);
+    for (int64_t k = 2; k < count; k += 2) {
+        most = _mm512_max_ps(most, _mm512_loadu_ps(scores + k * ROWS));
+        other = _mm512_max_ps(other, _mm512_loadu_ps(scores + (k + 1) * ROWS));
+    }
+    most = _mm512_max_ps(*top, _mm512_mul_ps(_mm512_max_ps(most, other), scale));
+    __m512 factor = power(_mm512_sub_ps(*top, most));
+    __m512 sum = _mm512_setzero_ps(), more = sum;
+    for (int64_t k = 0; k < count; k += 2) {
+        __m512 a = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + k * ROWS), scale, most));
+        __m512 b = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (k + 1) * ROWS), scale, most));
+        sum = _mm512_add_ps(sum, a);
+        more = _mm512_add_ps(more, b);
+        _mm512_storeu_si512(p + k / 32 * 1024 + k % 32 / 2 * 32, paired(a, b));
+    }
+    *total = _mm512_fmadd_ps(*total, factor, _mm512_add_ps(sum, more));
+    *top = most;
+    return factor;
+}
+
+/* What was found (E, 32) times the factor of each query; mostly these are 1. */
+static void shrink(const Flash *f, float *found, const __m512 *factor) {
+    __m512 one = _mm512_set1_ps(1.f);
+    for (int h = 0; h < 2; h++) {
+        if (!_mm512_cmpneq_ps_mask(factor[h], one)) continue;
+        for (float *at = found + 16 * h; at < found + f->E * ROWS; at += ROWS)
+            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), factor[h]));
+    }
+}
+
+/* Queries [first, first + rows) of one head. */
+static void block(const Flash *f, const Room *room, const bf16 *q, bf16 *out, int64_t first,
+                  int64_t rows) {
+    float scores[KEYS * ROWS] __attribute__((aligned(64)));
+    float found[MOST * ROWS] __attribute__((aligned(64)));
+    bf16 turned[MOST * ROWS] __attribute__((aligned(64)));
+    bf16 p[KEYS * ROWS] __attribute__((aligned(64)));
+    lay_queries(f, q + first * f->q_token, rows, room->width, turned);
+    memset(found, 0, room->tall * ROWS * 4);
+    __m512 scale = _mm512_set1_ps(1.44269504f / sqrtf((float)f->E));
+    __m512 top[2], total[2], factor[2];
+    for (int h = 0; h < 2; h++) {
+        top[h] = _mm512_set1_ps(HIDDEN);
+        total[h] = _mm512_setzero_ps();
+    }
+    int64_t end = f->causal ? least(f->S, f->S - f->n + first + rows) : f->S;
+    for (int64_t from = 0; from < end; from += KEYS) {
+        int64_t pairs = (least(end - from, KEYS) + 31) / 32, count = 32 * pairs;
+        score(f, room, turned, from, pairs, scores);
+        for (int h = 0; h < 2; h++) {
+            int64_t seen = f->causal ? f->S - f->n + first + 16 * h : f->S - 1;
+            if (from + count - 1 > seen) hide(f, from, count, first + 16 * h, scores + 16 * h);
+            factor[h] = soften(scores + 16 * h, count, scale, &top[h], &total[h], p + 512 * h);
+        }
+        if (from) shrink(f, found, factor);
+        find(room, p, from, pairs, found);
+    }
+    float over[ROWS];
+    for (int h = 0; h < 2; h++)
+        _mm512_storeu_ps(over + 16 * h, _mm512_div_ps(_mm512_set1_ps(1.f), total[h]));
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t e = 0; e < f->E; e++)
+            out[(first + m) * f->o_token + e] = narrow(found[e * ROWS + m] * over[m]);
+}
+
+static void group(const Flash *f, Room *room, bf16 *own, int64_t index) {
+    int64_t G = f->H / f->K, part = index % f->parts, rest = index / f->parts;
+    int64_t head = rest % f->K, b = rest / f->K;
+    int64_t blocks = (f->n + ROWS - 1) / ROWS;
+    /* The last queries see most and come first. */
+    int64_t stop = blocks - blocks * part / f->parts, start = blocks - blocks * (part + 1) / f->parts;
+    if (start == stop) return;
+    lay_keys(f, f->keys + b * f->k_batch + head * f->k_head, room, own);
+    lay_values(f, f->values + b * f->v_batch + head * f->v_head, room);
+    for (int64_t g = head * G; g < (head + 1) * G; g++)
+        for (int64_t i = start; i < stop; i++)
+            block(f, room, f->q + b * f->q_batch + g * f->q_head,
+                  f->out + b * f->o_batch + g * f->o_head, i * ROWS, least(ROWS, f->n - i * ROWS));
+}
+#endif
+
+EXPORT void vidlm_flash(Flash *f, int threads) {
+    f->done = 0;
+#if TILES
+    if (f->E > MOST || f->E % 2 || !tiles_allowed()) return;
+    int64_t next = 0, items = f->B * f->K * f->parts;
+    int64_t width = (f->E + 31) / 32 * 32, tall = (f->E + 15) / 16 * 16;
+    int64_t S32 = (f->S + 31) / 32 * 32;
+    size_t keys = f->E == width ? 0 : f->S * width, values = tall * S32, tail = 16 * width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        bf16 *memory = aligned_alloc(64, (values + tail + keys + 31) / 32 * 64);
+        if (memory) {
+            Room room = {.values = memory, .tail = memory + values, .width = width, .tall = tall,
+                         .S32 = S32};
+            shape_tiles(16, 16);
+            for (int64_t i; (i = take(&next)) < items;) group(f, &room, memory + values + tail, i);
+            _tile_release();
+            free(memory);
+        }
+    }
+    f->done = next >= items; /* a thread without memory leaves its share to the others */
+#endif
+}

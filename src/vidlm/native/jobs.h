@@ -1,0 +1,46 @@
+/* What the kernels are told, in the order in which Python packs it, and their names. */
+#pragma once
+#include "lanes.h"
+
+typedef struct { /* one weight matrix; the same x goes through all of a call */
+    const char *weight; /* (rows, D) */
+    const char *bias;   /* (rows) or NULL */
+    char *out;          /* (M, rows) */
+    int64_t rows;
+} Part;
+
+typedef struct {
+    const char *q;          /* (B, H, E) */
+    const char *keys;       /* (K, N, E) */
+    const char *values;     /* (K, N, E) */
+    const int32_t *tables;  /* (B, W) block numbers */
+    const int32_t *lengths; /* (B) tokens, the new one included */
+    char *out;              /* (B, H, E) */
+    float *scratch;         /* (B, H, spans, E + 2): partial values, largest score, sum */
+    int64_t B, H, K, E, N, W, block, spans;
+} Decode;
+
+typedef struct {
+    const char *x, *delta, *weight; /* (M, D), (M, D) or NULL, (D) */
+    char *sum, *out;                /* x + delta (M, D), where there is a delta; (M, D) */
+    int64_t M, D;
+} Norm;
+
+typedef struct {
+    const char *q, *k, *v;  /* (T, H, E), (T, K, E), (T, K, E); k and v NULL: nothing is stored */
+    const char *cos, *sin;  /* (T, E); NULL: k is stored as it is */
+    char *out;              /* (T, H, E), or NULL */
+    char *keys, *values;    /* (K, N, E) */
+    const int64_t *slots;   /* (T) */
+    int64_t T, H, K, E, N;
+} Heads;
+
+enum { GELU_TANH, QUICK_GELU, SILU_MUL };
+
+EXPORT void vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
+                          int type, int threads);
+EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads);
+EXPORT void vidlm_rms_norm(const Norm *n, float eps, int type, int threads);
+EXPORT void vidlm_heads(const Heads *h, int type, int threads);
+EXPORT void vidlm_activation(int kind, const char *x, const char *other, char *y, int64_t count,
+                             int type, int threads);

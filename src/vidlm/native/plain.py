@@ -1,0 +1,87 @@
+"""What each kernel computes, in plain torch: the path of every other machine, and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu, softmax
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block: int
+) -> Tensor:
+    if not q.is_cpu:
+        return _all_at_once(q, keys, values, tables, lengths, block)
+    rows = []
+    for x, table, length in zip(q, tables.tolist(), lengths.tolist(), strict=True):
+        used = table[: -(-length // block)]
+        where: slice | Tensor = slice(used[0] * block, used[0] * block + length)
+        if any(b != used[0] + i for i, b in enumerate(used)):  # no neighbours: a copy it must be
+            slots = torch.tensor(used)[:, None] * block + torch.arange(block)
+            where = slots.flatten()[:length]
+        k, v = keys[:, where], values[:, where]  # (K, S, E)
+        weights = _weights(x.view(len(k), -1, x.shape[-1]), k)
+        rows.append((weights @ v).view_as(x))
+    return torch.stack(rows) if rows else torch.empty_like(q)
+
+
+def _all_at_once(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block: int
+) -> Tensor:
+    """The shorter sequences are filled up, and nothing waits for the device."""
+    B, _, E = q.shape
+    slots = tables[:, :, None].long() * block + torch.arange(block, device=q.device)
+    slots = slots.flatten(1)  # (B, S)
+    hidden = torch.arange(slots.shape[1], device=q.device) >= lengths[:, None]
+    k, v = (x[:, slots].transpose(0, 1) for x in (keys, values))  # (B, K, S, E)
+    # A slot that was never written may hold anything, NaN too.
+    v = v.masked_fill(hidden[:, None, :, None], 0)
+    weights = _weights(q.view(B, len(keys), -1, E), k, hidden[:, None, None])
+    return (weights @ v).view_as(q)
+
+
+def _weights(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """q (..., H/K, E) of a group of heads, k (..., S, E) -> (..., H/K, S)."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return softmax(scores, dim=-1, dtype=torch.float32).to(k.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    keys.index_copy_(1, slots, k.transpose(0, 1))
+    values.index_copy_(1, slots, v.transpose(0, 1))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    both = x + delta
+    return both, rms_norm(both, weight, eps)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate) * up
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
