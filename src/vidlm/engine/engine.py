@@ -188,16 +188,17 @@ class Engine:
     def features(self, media: Sequence[Media]) -> list[Encoded]:
         """Features of media, encoded now where they are not kept. Others are served between the
         chunks."""
-        kept = self._store.features
         with self._turns.turn():
             self._check_weights()
+            kept = self._store.features
             found = [kept.get(item.digest) for item in media]
         missing = [item for item, known in zip(media, found, strict=True) if known is None]
         made: list[Encoded] = []
         for some in [[item] for item in missing] if self.options.exact else [missing]:
             made += self._encoded(some)
-        for item, encoded in zip(missing, made, strict=True):
-            kept.put(item.digest, encoded)
+        with self._turns.turn():
+            for item, encoded in zip(missing, made, strict=True):
+                kept.put(item.digest, encoded)
         ahead = iter(made)
         return [next(ahead) if known is None else known for known in found]
 
