@@ -4,7 +4,8 @@ Published sizes with random bfloat16 weights, batch 1, greedy, no end. vidlm and
 the same weights in one process, are asked the same questions and take turns; every run has a video
 and a question of its own. transformers runs with both of its attentions, sdpa and eager; a ratio
 takes the better of the two. Where the scores of eager attention over a whole prompt would not fit
-into memory, sdpa does the prompt and eager only the tokens after it.
+into memory, or with --eager decode, sdpa does the prompt and eager only the tokens after it.
+What each turn measured goes to stderr as it comes.
 
 vision_seconds          features of the video, as the decoder takes them
 prefill_seconds         to the first token of a prompt that is as long, all text
@@ -124,13 +125,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 agreement[peer.name] = ready(peer, folder, one, TOLERANCE[dtype])
             except PeerFailed as error:
                 absent[peer.name] = str(error)
-        whole_eager = eager_fits(shape, args.device)
+        whole_eager = args.eager == "whole" and eager_fits(shape, args.device)
+        with_eager = eager if whole_eager else eager_after_prefill
         turns: dict[str, Callable[[int], Figures]] = {
             "vidlm": partial(ours, one, args.tokens),
             "transformers_sdpa": partial(sdpa, other, args.tokens),
-            "transformers_eager": partial(
-                eager if whole_eager else eager_after_prefill, other, args.tokens
-            ),
+            "transformers_eager": partial(with_eager, other, args.tokens),
             **{
                 p.name: partial(p.run, shape, args.tokens, dtype)
                 for p in peers
@@ -172,6 +172,7 @@ def alternate(
             if who not in absent:
                 try:
                     seen[who].append(turns[who](run))
+                    print(f"run {run}, {who}: {rounded(seen[who][-1])}", file=sys.stderr)
                 except PeerFailed as error:
                     absent[who] = str(error)
     return {who: figures for who, figures in seen.items() if who not in absent}
@@ -245,6 +246,12 @@ def main() -> None:
     options(parser)
     parser.add_argument("--only", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     add_peers(parser)
+    parser.add_argument(
+        "--eager",
+        choices=["whole", "decode"],
+        default="whole",
+        help="whether transformers' eager attention also does the prompt, which takes minutes",
+    )
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
