@@ -25,8 +25,8 @@ from vidlm.weights import Renames
 PROCESSOR_FILE = "processor_config.json"
 IMAGES_FILE = "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
-# Frames encoded at a time: bounds memory whatever the video. Four of 729 patches go through an MLP
-# in 0.7 of the time of eight at once: what its first half writes is in the cache still.
+# Frames encoded at a time: bounds memory whatever the video, and so few that what one half of an
+# MLP writes is in the cache still when the other reads it.
 CHUNK = 4
 
 Layers = int | tuple[int, ...]
