@@ -202,6 +202,28 @@ def test_flash_does_not_depend_on_threads(causal: bool, shared) -> None:
         assert torch.equal(flash(q, k, v, causal), found)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_where_later_keys_weigh_more_than_the_first_can_tell(causal: bool) -> None:
+    """Scores are taken relative to the first keys' largest: here e^x of what follows overflows."""
+    q, k, v = draw(3, torch.bfloat16, (1, 200, 4, 64), (1, 300, 2, 64), (1, 300, 2, 64))
+    q *= 6
+    k[:, 150:] *= 30
+    exact, terms = (exact_attention(q, k, x, causal) for x in (v, v.abs()))
+    found = flash(q, k, v, causal)
+    close(found, exact, 2 * terms)
+    q[:, ::2] *= 2**-10  # every other query is content with the first keys, and the rest stay
+    assert torch.equal(flash(q, k, v, causal)[:, 1::2], found[:, 1::2])
+
+
+def test_flash_says_nothing_of_numbers_that_are_none() -> None:
+    q, k, v = draw(4, torch.bfloat16, (1, 40, 1, 64), (1, 40, 1, 64), (1, 40, 1, 64))
+    q[0, 7] = torch.nan
+    found = flash(q, k, v, True)
+    assert found[0, 7].isnan().all()
+    assert found[0, :7].isfinite().all()
+    assert found[0, 8:].isfinite().all()
+
+
 def test_flash_leaves_float32_to_others() -> None:
     q, k, v = draw(2, torch.float32, *[(1, 4, 2, 64)] * 3)
     assert native.flash(q, k, v, True) is None

@@ -4,7 +4,10 @@
  * are K Q^T and what is found is V^T P^T. So the largest score and the sum of a query, which run over
  * keys, are taken lane by lane, and the exponentials of two keys are the pair that the next product
  * takes. Keys are read as they lie; V^T is laid out once for each head, Q^T once for each 32 queries.
- * Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in float32 over blocks of 64 keys.
+ * Softmax over blocks of keys in float32, as in Online softmax (Milakov and Gimelshein, arXiv
+ * 1805.02867), but scores are first taken relative to the largest of the first block alone: any
+ * number near the largest does, and only where a later score is so much larger that a sum leaves
+ * float32's range is that query done again with the largest kept up to date.
  */
 #include <stdlib.h>
 
@@ -24,6 +27,7 @@ typedef struct { /* strides in numbers; a head's E numbers lie side by side */
 
 #if TILES
 #define HIDDEN -1e30f /* far below every score, and finite: the first key is seen by all queries */
+#define LARGE 1e30f
 enum { ROWS = 32, KEYS = 64, MOST = 256 }; /* queries and keys of a block; the widest head */
 
 /* What one thread works in, for one group of heads. */
@@ -33,36 +37,24 @@ typedef struct {
     bf16 *tail; /* the last keys, filled up to 16 with zeros */
 } Room;
 
-/* 2^x for x <= 0, to 1e-4: a twentieth of what rounding it to bfloat16 costs. */
-INLINE __m512 power(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.f); /* 1.5 * 2^23: sums have no fraction bits */
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
-    __m512 whole = _mm512_add_ps(x, magic);
-    __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(whole, magic));
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.055008931f), r, _mm512_set1_ps(0.242210967f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693282928f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
-    __m512i exponent = _mm512_slli_epi32((__m512i)whole, 23);
-    return (__m512)_mm512_add_epi32((__m512i)p, exponent);
-}
-
-/* Two rows of positive numbers as pairs of bfloat16, to the nearest. */
-INLINE __m512i paired(__m512 low, __m512 high) {
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
-    __m512i a = _mm512_srli_epi32(_mm512_add_epi32((__m512i)low, half), 16);
-    __m512i b = _mm512_add_epi32((__m512i)high, half);
-    return _mm512_ternarylogic_epi32(a, b, upper, 0xf8); /* a | (b & upper) */
-}
-
 /* V (S, E) -> V^T, 32 keys after the other: (S32 / 32, tall, 32), zeros around it. */
 static void lay_values(const Flash *f, const bf16 *v, Room *room) {
     bf16 *at = room->values;
-    for (int64_t s = 0; s < room->S32; s += 32) {
-        int64_t n = least(32, f->S - s);
-        for (int64_t e = 0; e < room->tall; e++, at += 32)
-            for (int64_t i = 0; i < 32; i++)
-                at[i] = i < n && e < f->E ? v[(s + i) * f->v_token + e] : 0;
-    }
+    for (int64_t s = 0; s < room->S32; s += 32)
+        for (int64_t e = 0; e < room->tall; e += 16, at += 512) {
+            __mmask16 mask = (__mmask16)((1u << least(16, f->E - e)) - 1);
+            __m512i r[16];
+            for (int64_t i = 0; i < 16; i++) { /* two keys -> pairs of their numbers */
+                const bf16 *row = v + (s + 2 * i) * f->v_token + e;
+                int64_t here = f->S - (s + 2 * i);
+                __m256i one = _mm256_maskz_loadu_epi16(here > 0 ? mask : 0, row);
+                __m256i two = _mm256_maskz_loadu_epi16(here > 1 ? mask : 0, row + f->v_token);
+                r[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(one),
+                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
+            }
+            turn_pairs(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(at + 32 * i, r[i]);
+        }
 }
 
 /* Keys as they lie where a head is whole tiles wide, else filled up with zeros; and the tail. */
@@ -86,13 +78,34 @@ static void lay_keys(const Flash *f, const bf16 *k, Room *room, bf16 *own) {
 /* Up to 32 queries -> Q^T: for each step of 32 numbers and each half of the queries, 16 pairs by 16
  * queries. */
 static void lay_queries(const Flash *f, const bf16 *q, int64_t rows, int64_t width, bf16 *out) {
-    memset(out, 0, ROWS * width * 2);
-    uint32_t *at = (uint32_t *)out;
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t p = 0; p < f->E / 2; p++) {
-            uint32_t pair;
-            memcpy(&pair, q + m * f->q_token + 2 * p, 4);
-            at[((p / 16 * 2 + m / 16) * 16 + p % 16) * 16 + m % 16] = pair;
+    for (int64_t k = 0; k < width; k += 32)
+        for (int64_t h = 0; h < 2; h++, out += 512) {
+            __mmask32 mask = (__mmask32)((1ull << least(32, f->E - k)) - 1);
+            __m512i r[16];
+            for (int64_t i = 0; i < 16; i++) {
+                int64_t row = 16 * h + i;
+                r[i] = _mm512_maskz_loadu_epi16(row < rows ? mask : 0, q + row * f->q_token + k);
+            }
+            turn_pairs(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + 32 * i, r[i]);
+        }
+}
+
+/* What was found (tall, 32) over its sums -> rows of out. */
+static void give(const Flash *f, const float *found, const __m512 *total, int64_t rows, bf16 *out) {
+    __m512 over[2];
+    for (int h = 0; h < 2; h++) over[h] = _mm512_div_ps(_mm512_set1_ps(1.f), total[h]);
+    for (int64_t e = 0; e < f->E; e += 16)
+        for (int64_t h = 0; h < 2; h++) {
+            __mmask16 mask = (__mmask16)((1u << least(16, f->E - e)) - 1);
+            const float *at = found + e * ROWS + 16 * h;
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(at + i * ROWS), over[h]);
+            turn_pairs(r);
+            for (int64_t i = 0; i < 16 && 16 * h + i < rows; i++)
+                _mm256_mask_storeu_epi16(out + (16 * h + i) * f->o_token + e, mask,
+                                         (__m256i)_mm512_cvtneps_pbh((__m512)r[i]));
         }
 }
 
@@ -178,73 +191,113 @@ static void hide(const Flash *f, int64_t from, int64_t count, int64_t first, flo
     }
 }
 
-/* Scores of a block -> P^T in pairs of keys; the largest and the sum of 16 queries go on, and the
- * factor by which what was found before shrinks. */
-INLINE __m512 soften(const float *scores, int64_t count, __m512 scale, __m512 *top, __m512 *total,
-                     bf16 *p) {
+/* 2^x, to 1e-4; beyond float32 it is 0 or infinite. */
+INLINE __m512 power(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, 1); /* x - floor(x) */
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802351f), r, _mm512_set1_ps(0.22606868f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6958329f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999253f));
+    return _mm512_scalef_ps(p, x);
+}
+
+/* What is known of 32 queries, in two halves of 16: see the head of this file. */
+typedef struct { __m512 top[2], total[2]; } Known;
+
+INLINE __m512 largest(const float *scores, int64_t count) {
     __m512 most = _mm512_loadu_ps(scores), other = _mm512_loadu_ps(scores + ROWS);
     for (int64_t k = 2; k < count; k += 2) {
         most = _mm512_max_ps(most, _mm512_loadu_ps(scores + k * ROWS));
         other = _mm512_max_ps(other, _mm512_loadu_ps(scores + (k + 1) * ROWS));
     }
-    most = _mm512_max_ps(*top, _mm512_mul_ps(_mm512_max_ps(most, other), scale));
-    __m512 factor = power(_mm512_sub_ps(*top, most));
-    __m512 sum = _mm512_setzero_ps(), more = sum;
-    for (int64_t k = 0; k < count; k += 2) {
-        __m512 a = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + k * ROWS), scale, most));
-        __m512 b = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (k + 1) * ROWS), scale, most));
-        sum = _mm512_add_ps(sum, a);
-        more = _mm512_add_ps(more, b);
-        _mm512_storeu_si512(p + k / 32 * 1024 + k % 32 / 2 * 32, paired(a, b));
-    }
-    *total = _mm512_fmadd_ps(*total, factor, _mm512_add_ps(sum, more));
-    *top = most;
-    return factor;
+    return _mm512_max_ps(most, other);
 }
 
-/* What was found (E, 32) times the factor of each query; mostly these are 1. */
-static void shrink(const Flash *f, float *found, const __m512 *factor) {
-    __m512 one = _mm512_set1_ps(1.f);
+/* Scores of a block -> P^T in pairs of keys; sums go on. */
+INLINE void soften(const float *scores, int64_t count, __m512 scale, Known *known, bf16 *p) {
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 top[2] = {known->top[0], known->top[1]}, total[4];
+    for (int i = 0; i < 4; i++) total[i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < count; k += 2)
+        for (int h = 0; h < 2; h++) {
+            const float *at = scores + k * ROWS + 16 * h;
+            __m512 a = power(_mm512_fmsub_ps(_mm512_loadu_ps(at), scale, top[h]));
+            __m512 b = power(_mm512_fmsub_ps(_mm512_loadu_ps(at + ROWS), scale, top[h]));
+            total[h] = _mm512_add_ps(total[h], a);
+            total[2 + h] = _mm512_add_ps(total[2 + h], b);
+            __m512i two = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            _mm512_storeu_si512(p + k / 32 * 1024 + k % 32 / 2 * 32 + 512 * h, two);
+        }
+    for (int h = 0; h < 2; h++)
+        known->total[h] =
+            _mm512_add_ps(known->total[h], _mm512_add_ps(total[h], total[2 + h]));
+}
+
+/* Scores of a block are at hand: the largest so far, and what was found before in its terms. */
+static void raise(const Flash *f, const float *scores, int64_t count, __m512 scale, Known *known,
+                  float *found) {
     for (int h = 0; h < 2; h++) {
-        if (!_mm512_cmpneq_ps_mask(factor[h], one)) continue;
+        __m512 top = _mm512_mul_ps(largest(scores + 16 * h, count), scale);
+        top = _mm512_max_ps(known->top[h], top);
+        __m512 factor = power(_mm512_sub_ps(known->top[h], top));
+        known->top[h] = top;
+        known->total[h] = _mm512_mul_ps(known->total[h], factor);
         for (float *at = found + 16 * h; at < found + f->E * ROWS; at += ROWS)
-            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), factor[h]));
+            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), factor));
     }
 }
 
-/* Queries [first, first + rows) of one head. */
-static void block(const Flash *f, const Room *room, const bf16 *q, bf16 *out, int64_t first,
-                  int64_t rows) {
+/* Queries [first, first + 32) of one head over all keys they see -> sums (tall, 32). `often`: the
+ * largest score is kept up to date. */
+static Known sums(const Flash *f, const Room *room, const bf16 *turned, int64_t first, int64_t end,
+                  int often, float *found) {
     float scores[KEYS * ROWS] __attribute__((aligned(64)));
-    float found[MOST * ROWS] __attribute__((aligned(64)));
-    bf16 turned[MOST * ROWS] __attribute__((aligned(64)));
     bf16 p[KEYS * ROWS] __attribute__((aligned(64)));
-    lay_queries(f, q + first * f->q_token, rows, room->width, turned);
-    memset(found, 0, room->tall * ROWS * 4);
     __m512 scale = _mm512_set1_ps(1.44269504f / sqrtf((float)f->E));
-    __m512 top[2], total[2], factor[2];
+    Known known;
     for (int h = 0; h < 2; h++) {
-        top[h] = _mm512_set1_ps(HIDDEN);
-        total[h] = _mm512_setzero_ps();
+        known.top[h] = _mm512_set1_ps(HIDDEN);
+        known.total[h] = _mm512_setzero_ps();
     }
-    int64_t end = f->causal ? least(f->S, f->S - f->n + first + rows) : f->S;
+    memset(found, 0, room->tall * ROWS * 4);
     for (int64_t from = 0; from < end; from += KEYS) {
         int64_t pairs = (least(end - from, KEYS) + 31) / 32, count = 32 * pairs;
         score(f, room, turned, from, pairs, scores);
         for (int h = 0; h < 2; h++) {
             int64_t seen = f->causal ? f->S - f->n + first + 16 * h : f->S - 1;
             if (from + count - 1 > seen) hide(f, from, count, first + 16 * h, scores + 16 * h);
-            factor[h] = soften(scores + 16 * h, count, scale, &top[h], &total[h], p + 512 * h);
         }
-        if (from) shrink(f, found, factor);
+        if (often || !from) raise(f, scores, count, scale, &known, found);
+        soften(scores, count, scale, &known, p);
         find(room, p, from, pairs, found);
     }
-    float over[ROWS];
-    for (int h = 0; h < 2; h++)
-        _mm512_storeu_ps(over + 16 * h, _mm512_div_ps(_mm512_set1_ps(1.f), total[h]));
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t e = 0; e < f->E; e++)
-            out[(first + m) * f->o_token + e] = narrow(found[e * ROWS + m] * over[m]);
+    return known;
+}
+
+/* Lanes whose sum has left the range in which everything is as good as exact, or is no number. */
+INLINE __mmask16 beyond(__m512 total) {
+    return _mm512_cmp_ps_mask(total, _mm512_set1_ps(LARGE), _CMP_NLT_UQ);
+}
+
+/* Queries [first, first + rows) of one head. */
+static void block(const Flash *f, const Room *room, const bf16 *q, bf16 *out, int64_t first,
+                  int64_t rows) {
+    float found[MOST * ROWS] __attribute__((aligned(64)));
+    float again[MOST * ROWS] __attribute__((aligned(64)));
+    bf16 turned[MOST * ROWS] __attribute__((aligned(64)));
+    int64_t end = f->causal ? least(f->S, f->S - f->n + first + rows) : f->S;
+    lay_queries(f, q + first * f->q_token, rows, room->width, turned);
+    Known known = sums(f, room, turned, first, end, 0, found);
+    __mmask16 wrong[2] = {beyond(known.total[0]), beyond(known.total[1])};
+    if (wrong[0] | wrong[1]) { /* each query by itself, so that its neighbours change no bit of it */
+        Known better = sums(f, room, turned, first, end, 1, again);
+        for (int h = 0; h < 2; h++) {
+            known.total[h] = _mm512_mask_mov_ps(known.total[h], wrong[h], better.total[h]);
+            for (int64_t i = 16 * h; i < f->E * ROWS; i += ROWS)
+                _mm512_mask_storeu_ps(found + i, wrong[h], _mm512_loadu_ps(again + i));
+        }
+    }
+    give(f, found, known.total, rows, out + first * f->o_token);
 }
 
 static void group(const Flash *f, Room *room, bf16 *own, int64_t index) {
@@ -277,9 +330,12 @@ EXPORT void vidlm_flash(Flash *f, int threads) {
         if (memory) {
             Room room = {.values = memory, .tail = memory + values, .width = width, .tall = tall,
                          .S32 = S32};
+            unsigned control = _mm_getcsr(); /* numbers next to nothing are nothing, and take no time */
+            _mm_setcsr(control | _MM_FLUSH_ZERO_ON);
             shape_tiles(16, 16);
             for (int64_t i; (i = take(&next)) < items;) group(f, &room, memory + values + tail, i);
             _tile_release();
+            _mm_setcsr(control);
             free(memory);
         }
     }

@@ -45,6 +45,32 @@ static void shape_tiles(int64_t first, int64_t second) {
 /* Numbers of a packed group of `columns` rows of x. */
 INLINE int64_t packed_size(int64_t D, int64_t columns) { return (D + 31) / 32 * 32 * columns; }
 
+/* 16 rows of 16 pairs -> 16 pairs by 16 rows. */
+INLINE void turn_pairs(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    /* r[4g + c]: columns c, c + 4, c + 8, c + 12 of rows 4g to 4g + 3, a lane each */
+    for (int c = 0; c < 4; c++) {
+        __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+        __m512i b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        __m512i e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
+        t[c + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[c + 4] = _mm512_shuffle_i32x4(d, e, 0x88);
+        t[c + 12] = _mm512_shuffle_i32x4(d, e, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
 /* Steps [from, to) of 32 numbers of `columns` rows of x -> (step, pair, column) pairs. */
 static void pack(const bf16 *x, int64_t D, int64_t columns, int64_t from, int64_t to, bf16 *out) {
     for (int64_t step = from; step < to; step++) {
