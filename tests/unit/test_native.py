@@ -192,6 +192,24 @@ def test_flash_takes_any_strides_and_reads_nothing_else() -> None:
     assert torch.equal(flash(q, k, v, True), found)
 
 
+@pytest.mark.parametrize("E", [64, 72])
+@pytest.mark.parametrize(("n", "length", "block"), [(1, 1, 16), (40, 313, 16), (7, 96, 32)])
+def test_flash_over_blocks_that_lie_anywhere(E: int, n: int, length: int, block: int) -> None:
+    count = -(-length // block)
+    table = torch.randperm(count + 3, generator=torch.Generator().manual_seed(n))[:count].int()
+    q, k, v = draw(6, torch.bfloat16, (n, 4, E), (length, 2, E), (length, 2, E))
+    at = torch.arange(length)
+    slots = table.long()[at // block] * block + at % block
+    keys, values = (torch.full((2, (count + 3) * block, E), torch.nan).bfloat16() for _ in "kv")
+    keys[:, slots], values[:, slots] = k.transpose(0, 1), v.transpose(0, 1)
+    expected = flash(q[None], k[None], v[None], True)[0]
+    found = native.flash_blocks(q, keys, values, table, length, block)
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert native.flash_blocks(q, keys, values, table.long(), length, block) is None
+    assert native.flash_blocks(q, keys, values, table[:-1], length, block) is None
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_does_not_depend_on_threads(causal: bool, shared) -> None:
     q, k, v = draw(2, torch.bfloat16, (1, 600, 6, 64), (1, 700, 2, 64), (1, 700, 2, 64))

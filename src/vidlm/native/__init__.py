@@ -4,7 +4,7 @@
 with the legend of vidlm.nn.
 """
 
-from vidlm.native.flash import flash
+from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
 from vidlm.native.ops import (
     MOST_ROWS,
@@ -29,6 +29,7 @@ __all__ = [
     "affine",
     "decode_attention",
     "flash",
+    "flash_blocks",
     "gelu_tanh",
     "library",
     "linear",

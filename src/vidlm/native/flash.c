@@ -22,7 +22,9 @@ typedef struct { /* strides in numbers; a head's E numbers lie side by side */
     int64_t v_batch, v_token, v_head;
     int64_t o_batch, o_token, o_head;
     int64_t parts; /* how many pieces of work the queries of a group of heads are */
-    int64_t done;  /* set to 1 where this machine can */
+    const int32_t *table; /* NULL, or the blocks of keys and values in which the tokens lie */
+    int64_t block;        /* tokens of a block, a multiple of 16 */
+    int64_t done;         /* set to 1 where this machine can */
 } Flash;
 
 #if TILES
@@ -34,8 +36,14 @@ enum { ROWS = 32, KEYS = 64, MOST = 256 }; /* queries and keys of a block; the w
 typedef struct {
     bf16 *keys, *values; /* (S16, width) or as they lie; V^T (tall, S32) */
     int64_t stride, width, tall, S32;
+    const int32_t *table; /* where keys lie in blocks */
     bf16 *tail; /* the last keys, filled up to 16 with zeros */
 } Room;
+
+/* Where token s of a sequence is. */
+INLINE int64_t place(const Flash *f, const int32_t *table, int64_t s) {
+    return table ? table[s / f->block] * f->block + s % f->block : s;
+}
 
 /* V (S, E) -> V^T, 32 keys after the other: (S32 / 32, tall, 32), zeros around it. */
 static void lay_values(const Flash *f, const bf16 *v, Room *room) {
@@ -45,8 +53,8 @@ static void lay_values(const Flash *f, const bf16 *v, Room *room) {
             __mmask16 mask = (__mmask16)((1u << least(16, f->E - e)) - 1);
             __m512i r[16];
             for (int64_t i = 0; i < 16; i++) { /* two keys -> pairs of their numbers */
-                const bf16 *row = v + (s + 2 * i) * f->v_token + e;
                 int64_t here = f->S - (s + 2 * i);
+                const bf16 *row = v + (here > 0 ? place(f, f->table, s + 2 * i) : 0) * f->v_token + e;
                 __m256i one = _mm256_maskz_loadu_epi16(here > 0 ? mask : 0, row);
                 __m256i two = _mm256_maskz_loadu_epi16(here > 1 ? mask : 0, row + f->v_token);
                 r[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(one),
@@ -62,17 +70,20 @@ static void lay_keys(const Flash *f, const bf16 *k, Room *room, bf16 *own) {
     int64_t whole = f->S / 16 * 16;
     room->keys = (bf16 *)k;
     room->stride = f->k_token;
+    room->table = f->table;
     if (f->E != room->width) {
         room->keys = own;
         room->stride = room->width;
+        room->table = 0;
         for (int64_t s = 0; s < whole; s++) {
-            memcpy(own + s * room->width, k + s * f->k_token, f->E * 2);
+            memcpy(own + s * room->width, k + place(f, f->table, s) * f->k_token, f->E * 2);
             memset(own + s * room->width + f->E, 0, (room->width - f->E) * 2);
         }
     }
     memset(room->tail, 0, 16 * room->width * 2);
     for (int64_t s = whole; s < f->S; s++)
-        memcpy(room->tail + (s - whole) * room->width, k + s * f->k_token, f->E * 2);
+        memcpy(room->tail + (s - whole) * room->width, k + place(f, f->table, s) * f->k_token,
+               f->E * 2);
 }
 
 /* Up to 32 queries -> Q^T: for each step of 32 numbers and each half of the queries, 16 pairs by 16
@@ -112,7 +123,7 @@ static void give(const Flash *f, const float *found, const __m512 *total, int64_
 INLINE const bf16 *key_tile(const Flash *f, const Room *room, int64_t s, int64_t *stride) {
     int inside = s + 16 <= f->S;
     *stride = (inside ? room->stride : room->width) * 2;
-    return inside ? room->keys + s * room->stride : room->tail;
+    return inside ? room->keys + place(f, room->table, s) * room->stride : room->tail;
 }
 
 /* Scores (keys, 32) of keys [from, from + 32 * pairs). */

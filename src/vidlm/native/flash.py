@@ -19,11 +19,38 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor | None:
     Any strides, if the last is 1. Sums are float32, weights are rounded to bfloat16. The number of
     threads changes no bit.
     """
-    B, n, H, E = q.shape
-    S, K = k.shape[1:3]
-    if q.dtype != torch.bfloat16 or E > WIDEST or E % 2 or H % K or (causal and n > S):
+    if k.shape[1] != v.shape[1] or (causal and q.shape[1] > k.shape[1]):
         return None
-    if k.shape != v.shape or k.shape != (B, S, K, E) or not B * n * H * S:
+    return _flash(q, k, v, causal, k.shape[1])
+
+
+def flash_blocks(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, length: int, block: int
+) -> Tensor | None:
+    """q (n, H, E), the last of `length` tokens that lie block by block in keys and values (K, N, E):
+    token t at slot table[t // block] * block + t % block -> (n, H, E), causal, as `flash` has it."""
+    wide = table.is_cpu and table.dtype == torch.int32 and table.is_contiguous()
+    if not wide or block % 16 or len(table) * block < length or q.shape[0] > length:
+        return None
+    k, v = (x.transpose(0, 1)[None] for x in (keys, values))
+    found = _flash(q[None], k, v, True, length, table, block)
+    return None if found is None else found[0]
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    S: int,
+    table: Tensor | None = None,
+    block: int = 0,
+) -> Tensor | None:
+    B, n, H, E = q.shape
+    K = k.shape[2]
+    if q.dtype != torch.bfloat16 or E > WIDEST or E % 2 or H % K or not B * n * H * S:
+        return None
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, E):
         return None
     lib = computes(q, k, v)
     if lib is None or any(x.stride(3) != 1 for x in (q, k, v)):
@@ -36,7 +63,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor | None:
         *(x.data_ptr() for x in tensors),
         *(B, n, S, H, K, E, causal),
         *(step for x in tensors for step in x.stride()[:3]),
-        *(parts, 0),
+        *(parts, 0 if table is None else table.data_ptr(), block, 0),
     )
     lib.vidlm_flash(job, crew)
     return out if job[-1] else None  # the kernel says at the end whether it could

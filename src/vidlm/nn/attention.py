@@ -40,9 +40,13 @@ def _paged(q: Tensor, k: Tensor, v: Tensor, step: Step, pages: Pages, layer: int
     if max(step.lengths) == 1:
         return native.decode_attention(q, keys, values, pages.tables, pages.lengths, pages.block)
     rows = []
-    for segment, span in zip(step.segments(), pages.spans, strict=True):
-        part = slice(segment.start, segment.stop)
-        rows.append(_prefill(q[part], keys[:, span], values[:, span]))
+    for i, (segment, span) in enumerate(zip(step.segments(), pages.spans, strict=True)):
+        part = q[segment.start : segment.stop]
+        found = None
+        if not isinstance(span, slice):  # its blocks lie here and there
+            places = pages.tables[i], len(span), pages.block
+            found = native.flash_blocks(part, keys, values, *places)
+        rows.append(_prefill(part, keys[:, span], values[:, span]) if found is None else found)
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
