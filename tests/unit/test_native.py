@@ -37,7 +37,7 @@ def threads():
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch, threads):
     """As `threads`, and small work is shared, too."""
-    monkeypatch.setattr("vidlm.native.ops.SHARE", 1)
+    monkeypatch.setattr("vidlm.native.calls.SHARE", 1)
     return threads
 
 

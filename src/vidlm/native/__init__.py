@@ -6,25 +6,20 @@ with the legend of vidlm.nn.
 
 from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
-from vidlm.native.ops import (
-    MOST_ROWS,
-    affine,
-    decode_attention,
-    linear,
-    linears,
-    rotate,
-    rotate_store,
-    store,
-)
+from vidlm.native.ops import decode_attention, rotate, rotate_store, store
+from vidlm.native.packed import PackedWeight
+from vidlm.native.products import MOST_ROWS, Weight, affine, linear, linears
 from vidlm.native.rows import add_rms_norm, gelu_tanh, quick_gelu, rms_norm, silu_mul
 from vidlm.native.stack import Places, StackLayer, StackShape, stack, takes_rows
 
 __all__ = [
     "MOST_ROWS",
+    "PackedWeight",
     "Places",
     "StackLayer",
     "StackShape",
     "Status",
+    "Weight",
     "add_rms_norm",
     "affine",
     "decode_attention",

@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-SOURCES = ("linear.c", "attention.c", "flash.c", "rows.c", "stack.c", "crew.c")
-HEADERS = ("crew.h", "jobs.h", "lanes.h", "tiles.h")
+SOURCES = ("linear.c", "packed.c", "attention.c", "flash.c", "rows.c", "stack.c", "crew.c")
+HEADERS = ("crew.h", "jobs.h", "lanes.h", "packed.h", "tiles.h")
 # -fopenmp when compiling and not when linking: GOMP_* must come from the runtime that torch has
 # brought. A second one would start a second set of threads on the same cores.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC",

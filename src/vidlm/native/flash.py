@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidlm.native.ops import computes, pack, threads
+from vidlm.native.calls import computes, pack, threads
 
 WIDEST = 256  # head dimension; MOST in flash.c
 SHARE = 256  # queries that are worth laying out a head's values for
@@ -27,8 +27,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor | None:
 def flash_blocks(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, length: int, block: int
 ) -> Tensor | None:
-    """q (n, H, E), the last of `length` tokens that lie block by block in keys and values (K, N, E):
-    token t at slot table[t // block] * block + t % block -> (n, H, E), causal, as `flash` has it."""
+    """q (n, H, E), the last of `length` tokens that lie in blocks of keys and values (K, N, E):
+    token t at slot table[t // block] * block + t % block -> (n, H, E), causal, as `flash`."""
     wide = table.is_cpu and table.dtype == torch.int32 and table.is_contiguous()
     if not wide or block % 16 or len(table) * block < length or q.shape[0] > length:
         return None

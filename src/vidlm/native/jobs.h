@@ -2,10 +2,18 @@
 #pragma once
 #include "lanes.h"
 
+typedef struct { /* (rows, D) numbers, or packed as packed.h says */
+    const char *data;
+    int64_t form; /* DENSE, or of packed.h; the rest is for those */
+    const char *scale;
+    const float *table;
+    int64_t group;
+} Weight;
+
 typedef struct { /* one weight matrix; the same x goes through all of a call */
-    const char *weight; /* (rows, D) */
-    const char *bias;   /* (rows) or NULL */
-    char *out;          /* (M, rows) */
+    Weight weight;
+    const char *bias; /* (rows) or NULL */
+    char *out;        /* (M, rows) */
     int64_t rows;
 } Part;
 
@@ -37,8 +45,9 @@ typedef struct {
 
 enum { GELU_TANH, QUICK_GELU, SILU_MUL };
 
-EXPORT void vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
-                          int type, int threads);
+/* 0, and nothing done, where there is no memory to unpack weights in. */
+EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
+                         int type, int threads);
 EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads);
 EXPORT void vidlm_rms_norm(const Norm *n, float eps, int type, int threads);
 EXPORT void vidlm_heads(const Heads *h, int type, int threads);

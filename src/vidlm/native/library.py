@@ -19,6 +19,7 @@ SWITCH = "VIDLM_NATIVE"
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
 SIGNATURES = {
     "vidlm_linears": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, _INT),
+    "vidlm_unpack": (_POINTER, _LONG, _INT, _INT),
     "vidlm_decode_attention": (_POINTER, _INT, _INT),
     "vidlm_flash": (_POINTER, _INT),
     "vidlm_stack": (_POINTER, ctypes.c_float, _INT),
@@ -26,6 +27,7 @@ SIGNATURES = {
     "vidlm_rms_norm": (_POINTER, ctypes.c_float, _INT, _INT),
     "vidlm_activation": (_INT, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT),
 }
+ANSWERS = ("vidlm_linears", "vidlm_stack")  # 1 where it was done, 0 where memory was short
 _DECIDING = Lock()
 
 
@@ -79,7 +81,8 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
         for name, types in SIGNATURES.items():
             function = getattr(found, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes = types
+            function.restype = _INT if name in ANSWERS else None
     except (OSError, AttributeError) as error:
         raise NotBuilt(f"{path} cannot be loaded: {error}") from error
     return found

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 
 #include "crew.h"
-#include "jobs.h"
+#include "packed.h"
 #include "tiles.h"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -74,7 +74,7 @@ INLINE void tile_bf16(const int R, const int B, const bf16 *w, const bf16 *x, in
 #define BLOCK_OF(NAME, T, TILE, R, B)                                                            \
     static void NAME(const Part *part, int64_t from, int64_t to, const T *x, int64_t M, int64_t D, \
                      const char *ahead, const char *end) {                                       \
-        const T *weight = (const T *)part->weight, *bias = (const T *)part->bias;                \
+        const T *weight = (const T *)part->weight.data, *bias = (const T *)part->bias;                \
         for (int64_t o = from; o < to;) {                                                        \
             const T *w = weight + o * D, *at = bias ? bias + o : 0;                              \
             T *y = (T *)part->out + o;                                                           \
@@ -97,13 +97,15 @@ BLOCK_OF(block_bf16, bf16, tile_bf16, ROWS_BF16, MANY_BF16)
 
 typedef struct { const Part *part; int64_t from, to; const char *weight, *end; } Piece;
 
-static Piece piece(const Part *parts, int64_t count, int64_t index, int64_t block, int64_t width) {
+static Piece piece(const Part *parts, int64_t count, int64_t index, int64_t block, int64_t D,
+                   int64_t size) {
     for (int64_t i = 0; i < count; i++) {
         int64_t blocks = (parts[i].rows + block - 1) / block;
         if (index < blocks) {
             int64_t from = index * block, to = least(from + block, parts[i].rows);
-            return (Piece){parts + i, from, to, parts[i].weight + from * width,
-                           parts[i].weight + to * width};
+            int64_t width = row_bytes(&parts[i].weight, D, size);
+            return (Piece){parts + i, from, to, parts[i].weight.data + from * width,
+                           parts[i].weight.data + to * width};
         }
         index -= blocks;
     }
@@ -127,42 +129,86 @@ static bf16 *packed(const bf16 *x, int64_t M, int64_t D, int threads) {
 }
 #endif
 
-/* Each of `count` matrices times x (M, D). */
-EXPORT void vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
-                          int type, int threads) {
-    int64_t next = 0, done = 0, rows = 0, width = D * (type == BFLOAT16 ? 2 : 4);
-    threads = hands(threads);
-    for (int64_t i = 0; i < count; i++) rows += parts[i].rows;
-    int64_t block = BLOCK * width > LONG || rows < 4 * BLOCK * threads ? BLOCK / 2 : BLOCK;
+/* What the threads of a call are told. */
+typedef struct {
+    const void *x;
+    int64_t M, D;
+    int type;
 #if TILES
-    bf16 *room = type == BFLOAT16 ? packed(x, M, D, threads) : 0;
-    Packed laid = {room, M, D};
+    const Packed *laid; /* or NULL */
+#endif
+} Rows;
+
+/* Rows [from, to) of a matrix of numbers. */
+static void dense(const Part *p, int64_t from, int64_t to, const Rows *r, const char *ahead,
+                  const char *end) {
+#if TILES
+    if (r->laid && p->rows >= 16) {
+        block_tiles((const bf16 *)p->weight.data, (const bf16 *)p->bias, (bf16 *)p->out, p->rows, from, to,
+                    r->laid, ahead, end);
+        return;
+    }
+#endif
+    if (r->type == BFLOAT16) block_bf16(p, from, to, r->x, r->M, r->D, ahead, end);
+    else block_f32(p, from, to, r->x, r->M, r->D, ahead, end);
+}
+
+/* The same of packed weights; they become numbers in `room` where that is needed. */
+static void unpacked(const Part *p, int64_t from, int64_t to, const Rows *r, char *room,
+                     const char *ahead, const char *end) {
+    if (r->type == BFLOAT16 && packed_rows(p, from, to, r->x, r->M, r->D, ahead, end)) return;
+    int64_t size = r->type == BFLOAT16 ? 2 : 4;
+    int64_t first = to - from < 16 ? to - 16 : from; /* tiles are 16 rows, if there are so many */
+    if (first < 0) first = 0;
+    unpack_rows(&p->weight, first, to, r->D, r->type, room);
+    Part numbers = *p;
+    numbers.weight = (Weight){.data = room - first * r->D * size};
+    dense(&numbers, from, to, r, ahead, end);
+}
+
+/* Each of `count` matrices times x (M, D). */
+EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
+                         int type, int threads) {
+    int64_t next = 0, done = 0, rows = 0, size = type == BFLOAT16 ? 2 : 4, packs = 0;
+    threads = hands(threads);
+    for (int64_t i = 0; i < count; i++) {
+        rows += parts[i].rows;
+        packs += parts[i].weight.form != DENSE;
+    }
+    int64_t block = BLOCK * D * size > LONG || rows < 4 * BLOCK * threads ? BLOCK / 2 : BLOCK;
+    /* As many bytes of a block as there are of numbers: what is fetched ahead is the next block. */
+    if (packs == count && M <= MOST_PACKED && type == BFLOAT16)
+        for (int64_t most = BLOCK * 4; block < most && rows >= 8 * block * threads;) block *= 2;
+    char *room = packs ? malloc(threads * block * D * size) : 0;
+    if (packs && !room) return 0;
+    Rows all = {.x = x, .M = M, .D = D, .type = type};
+#if TILES
+    int numbers = packs < count || M > MOST_PACKED;
+    bf16 *laid = type == BFLOAT16 && numbers ? packed(x, M, D, threads) : 0;
+    Packed tiles = {laid, M, D};
+    if (laid) all.laid = &tiles;
 #endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Piece now = piece(parts, count, take(&next), block, width);
+        char *own = packs ? room + omp_get_thread_num() * block * D * size : 0;
+        Piece now = piece(parts, count, take(&next), block, D, size);
         while (now.part) {
-            Piece then = piece(parts, count, take(&next), block, width);
-            const Part *p = now.part;
-#if TILES
-            if (room && p->rows >= 16)
-                block_tiles((const bf16 *)p->weight, (const bf16 *)p->bias, (bf16 *)p->out, p->rows,
-                            now.from, now.to, &laid, then.weight, then.end);
+            Piece then = piece(parts, count, take(&next), block, D, size);
+            if (now.part->weight.form == DENSE)
+                dense(now.part, now.from, now.to, &all, then.weight, then.end);
             else
-#endif
-            if (type == BFLOAT16)
-                block_bf16(p, now.from, now.to, x, M, D, then.weight, then.end);
-            else
-                block_f32(p, now.from, now.to, x, M, D, then.weight, then.end);
+                unpacked(now.part, now.from, now.to, &all, own, then.weight, then.end);
             now = then;
         }
         if (!omp_get_thread_num()) done = work_done();
 #if TILES
-        if (room) _tile_release();
+        if (laid) _tile_release();
 #endif
     }
     if (threads > 1) hands_came(done);
-#if TILES
     free(room);
+#if TILES
+    free(laid);
 #endif
+    return 1;
 }

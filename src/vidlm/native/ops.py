@@ -1,4 +1,4 @@
-"""Linear layers of a few rows, attention of one new token, rotation and storing, by the kernels.
+"""Attention of one new token, rotation and storing, by the kernels.
 
 Each function takes any tensors and gives what its form in plain.py gives; the kernel runs where it
 can: CPU, float32 or bfloat16, rows without gaps, no gradients, no autocast.
@@ -6,96 +6,14 @@ can: CPU, float32 or bfloat16, rows without gaps, no gradients, no autocast.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vidlm.native import plain
-from vidlm.native.library import library
+from vidlm.native.calls import TYPES, kernels, pack, threads
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in lanes.h
-MOST_ROWS = 32  # from here on oneDNN's matrix product is faster
 WIDEST = 512  # head dimension; WIDEST in attention.c
 SPAN = 256  # tokens of a piece of work; SPAN in attention.c
-
-# A thread is worth waking for this many bytes to be read: 128 KB are 10 us of one core, and waking
-# costs 2 to 5, or thousands where the cores are busy with something else.
-SHARE = 128 * 1024
-
-
-def kernels(x: Tensor, *others: Tensor) -> ctypes.CDLL | None:
-    """The library, where it can take `x` and `others`, which must be rows without gaps."""
-    if not x.is_contiguous() or not all(y.is_contiguous() for y in others):
-        return None
-    return computes(x, *others)
-
-
-def computes(x: Tensor, *others: Tensor) -> ctypes.CDLL | None:
-    """The library, where it knows these types and nobody asks for more than numbers."""
-    if type(x) is not Tensor or x.dtype not in TYPES or not x.is_cpu:
-        return None
-    gradients = torch.is_grad_enabled()
-    if gradients and x.requires_grad:
-        return None
-    for y in others:
-        if not y.is_cpu or y.dtype != x.dtype or (gradients and y.requires_grad):
-            return None
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return None
-    return library()
-
-
-def threads(size: int) -> int:
-    """Threads for work that reads so many bytes."""
-    return max(1, min(torch.get_num_threads(), size // SHARE))
-
-
-def pack(*values: int) -> ctypes.Array[ctypes.c_longlong]:
-    """A C struct of pointers and int64, in its order."""
-    return (ctypes.c_longlong * len(values))(*values)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, D), weight (O, D), bias (O) -> (M, O)."""
-    return linears(x, (weight,), (bias,))[0]
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (..., D) of many rows, weight (O, D), bias (O) -> (..., O): functional.linear, bit for bit.
-
-    That copies the bias into every row of the result before it multiplies; oneDNN, asked itself,
-    adds it to the sums while it has them.
-    """
-    if x.dtype == torch.bfloat16 and computes(x, weight, bias) and torch.backends.mkldnn.enabled:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found
-    return functional.linear(x, weight, bias)
-
-
-def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """The same x (M, D) through several weights (O, D): (M, O) of each."""
-    if x.ndim != 2 or not 0 < x.shape[0] <= MOST_ROWS:
-        return plain.linears(x, weights, biases)
-    M, D = x.shape
-    given = [bias for bias in biases if bias is not None]
-    lib = kernels(x, *weights, *given)
-    if lib is None or any(w.ndim != 2 or w.shape[1] != D for w in weights):
-        return plain.linears(x, weights, biases)
-    outs, parts, rows = [], [], 0
-    for weight, bias in zip(weights, biases, strict=True):
-        O = weight.shape[0]  # noqa: E741  rows of the weight, as in torch's documentation
-        if bias is not None and bias.shape != (O,):
-            return plain.linears(x, weights, biases)
-        out = x.new_empty(M, O)
-        outs.append(out)
-        parts += [weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), O]
-        rows += O
-    size = rows * D * x.element_size()
-    lib.vidlm_linears(pack(*parts), len(outs), x.data_ptr(), M, D, TYPES[x.dtype], threads(size))
-    return outs
 
 
 def decode_attention(

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu, softmax
 
+from vidlm.native.packed import PackedWeight
 
-def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor | PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    numbers = [w if isinstance(w, Tensor) else w.numbers(x.dtype) for w in weights]
+    return [linear(x, weight, bias) for weight, bias in zip(numbers, biases, strict=True)]
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidlm.native import plain
-from vidlm.native.ops import TYPES, kernels, pack, threads
+from vidlm.native.calls import TYPES, kernels, pack, threads
 
 GELU_TANH, QUICK_GELU, SILU_MUL = range(3)  # as in rows.c
 

@@ -6,7 +6,8 @@
 #include "jobs.h"
 
 typedef struct { /* weights of a layer, and where its keys and values are */
-    const char *norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *o, *after, *gate, *up, *down;
+    Weight q, k, v, o, gate, up, down;
+    const char *q_bias, *k_bias, *v_bias, *norm, *after;
     char *keys, *values;
 } Layer;
 
@@ -28,7 +29,7 @@ static int crew(const Stack *s, int64_t bytes) {
     return (int)(most < 1 ? 1 : least(most, s->threads));
 }
 
-EXPORT void vidlm_stack(const Stack *s, float eps, int type) {
+EXPORT int vidlm_stack(const Stack *s, float eps, int type) {
     int64_t size = type == BFLOAT16 ? 2 : 4, M = s->M, D = s->D, I = s->I, E = s->E;
     int64_t wide = s->H * E, narrow_ = s->K * E;
     char *normed = s->room, *q = normed + M * D * size, *k = q + M * wide * size;
@@ -46,7 +47,7 @@ EXPORT void vidlm_stack(const Stack *s, float eps, int type) {
         Part qkv[3] = {{layer->q, layer->q_bias, q, wide},
                        {layer->k, layer->k_bias, k, narrow_},
                        {layer->v, layer->v_bias, v, narrow_}};
-        vidlm_linears(qkv, 3, normed, M, D, type, crew(s, (wide + 2 * narrow_) * D * size));
+        if (!vidlm_linears(qkv, 3, normed, M, D, type, crew(s, (wide + 2 * narrow_) * D * size))) return 0;
         Heads heads = {q, k, v, s->cos, s->sin, turned, layer->keys, layer->values, s->slots,
                        M, s->H, s->K, E, s->N};
         vidlm_heads(&heads, type, crew(s, (2 * wide + 4 * narrow_) * M * size));
@@ -54,14 +55,15 @@ EXPORT void vidlm_stack(const Stack *s, float eps, int type) {
                          s->scratch, M, s->H, s->K, E, s->N, s->W, s->block, s->spans};
         vidlm_decode_attention(&attend, type, crew(s, 2 * M * s->W * s->block * narrow_ * size));
         Part o = {layer->o, 0, delta, D};
-        vidlm_linears(&o, 1, found, M, wide, type, crew(s, wide * D * size));
+        if (!vidlm_linears(&o, 1, found, M, wide, type, crew(s, wide * D * size))) return 0;
 
         Norm after = {s->x, delta, layer->after, s->x, normed, M, D};
         vidlm_rms_norm(&after, eps, type, crew(s, 4 * M * D * size));
         Part both[2] = {{layer->gate, 0, gate, I}, {layer->up, 0, up, I}};
-        vidlm_linears(both, 2, normed, M, D, type, crew(s, 2 * I * D * size));
+        if (!vidlm_linears(both, 2, normed, M, D, type, crew(s, 2 * I * D * size))) return 0;
         vidlm_activation(SILU_MUL, gate, up, gate, M * I, type, crew(s, 3 * M * I * size));
         Part down = {layer->down, 0, delta, D};
-        vidlm_linears(&down, 1, gate, M, I, type, crew(s, I * D * size));
+        if (!vidlm_linears(&down, 1, gate, M, I, type, crew(s, I * D * size))) return 0;
     }
+    return 1;
 }

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidlm.native.ops import MOST_ROWS, SHARE, SPAN, TYPES, WIDEST, kernels, pack
+from vidlm.native.calls import SHARE, TYPES, pack
+from vidlm.native.ops import SPAN, WIDEST
+from vidlm.native.products import MOST_ROWS, Weight, fields, takes
 
 
 @dataclass(frozen=True)
@@ -29,27 +31,30 @@ class StackLayer:
     its keys and values (K, N, E) in blocks of slots."""
 
     norm: Tensor
-    qkv: Sequence[Tensor]
+    qkv: Sequence[Weight]
     biases: Sequence[Tensor | None]
-    o: Tensor
+    o: Weight
     after: Tensor
-    gate_up: tuple[Tensor, Tensor]
-    down: Tensor
+    gate_up: tuple[Weight, Weight]
+    down: Weight
     cache: tuple[Tensor, Tensor]
+
+    @property
+    def weights(self) -> list[Weight]:
+        """In the order of Layer in stack.c."""
+        return [*self.qkv, self.o, *self.gate_up, self.down]
 
     @property
     def tensors(self) -> list[Tensor]:
         given = [bias for bias in self.biases if bias is not None]
-        once = (self.norm, self.o, self.after, self.down)
-        return [*self.qkv, *given, *self.gate_up, *self.cache, *once]
+        return [*given, self.norm, self.after, *self.cache]
 
     @property
     def pointers(self) -> list[int]:
         """In the order of Layer in stack.c."""
-        pairs = zip(self.qkv, self.biases, strict=True)
-        order = [self.norm, *(x for pair in pairs for x in pair), self.o, self.after]
-        order += [*self.gate_up, self.down, *self.cache]
-        return [0 if x is None else x.data_ptr() for x in order]
+        rest = [*self.biases, self.norm, self.after, *self.cache]
+        weights = (field for weight in self.weights for field in fields(weight))
+        return [*weights, *(0 if x is None else x.data_ptr() for x in rest)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def stack(
     """x (M, D) through all layers and the norm `last` behind them -> (M, D); rope: cos and sin
     (M, E). New keys and values are stored. None, and nothing done, where the kernels cannot."""
     M, D = x.shape
-    lib = kernels(x, last, *rope, *(t for layer in layers for t in layer.tensors))
+    weights = [weight for layer in layers for weight in layer.weights]
+    lib = takes(x, weights, last, *rope, *(t for layer in layers for t in layer.tensors))
     if lib is None or not takes_rows(M) or shape.head_dim > WIDEST or shape.head_dim % 2:
         return None
     H, K, E, I = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden  # noqa: E741
@@ -97,5 +103,6 @@ def stack(
         torch.get_num_threads(),
         SHARE,
     )
-    lib.vidlm_stack(job, shape.eps, TYPES[x.dtype])
+    if not lib.vidlm_stack(job, shape.eps, TYPES[x.dtype]):
+        raise MemoryError("no memory to unpack the weights of a layer in")
     return out

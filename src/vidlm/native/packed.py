@@ -1,0 +1,73 @@
+"""Weights in 8 and 4 bits, as the kernels read them; see packed.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidlm.native.calls import TYPES, pack, threads
+from vidlm.native.library import library
+
+DENSE, EIGHT, FOUR = range(3)  # as in packed.h
+BLOCK = 64  # numbers whose 4 bits lie together
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (O, D) in fewer bits.
+
+    width  D
+    codes  8 bits: int8 (O, D). 4 bits: uint8 (O, ceil(D / 64) * 32); byte i of 32 has the place in
+           the table of number i of 64 in its lower half, of number i + 32 in its upper
+    scale  8 bits: float32 (O), of a row. 4 bits: bfloat16 (O, ceil(D / group)), of `group` numbers
+    table  float32 (16), each exact in bfloat16: what a place stands for; None with 8 bits
+    group  a multiple of 32
+    """
+
+    width: int
+    codes: Tensor
+    scale: Tensor
+    table: Tensor | None = None
+    group: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.width
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    @property
+    def fields(self) -> tuple[int, int, int, int, int]:
+        """In the order of Weight in jobs.h."""
+        form = EIGHT if self.table is None else FOUR
+        table = 0 if self.table is None else self.table.data_ptr()
+        return self.codes.data_ptr(), form, self.scale.data_ptr(), table, self.group
+
+    def readable(self) -> bool:
+        """Whether the kernels can read it where it is."""
+        parts = [x for x in (self.codes, self.scale, self.table) if x is not None]
+        return all(x.is_cpu and x.is_contiguous() for x in parts)
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """(O, D): what the weights stand for, rounded once to `dtype`."""
+        lib = library() if self.readable() and dtype in TYPES else None
+        if lib is None:
+            return self._numbers(dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        job = pack(*self.fields, 0, out.data_ptr(), self.shape[0])
+        lib.vidlm_unpack(job, self.width, TYPES[dtype], threads(out.nbytes))
+        return out
+
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        """In plain torch, on any device."""
+        O, D = self.shape  # noqa: E741
+        if self.table is None:
+            return (self.codes.float() * self.scale[:, None]).to(dtype)
+        bytes_ = self.codes.view(O, -1, 1, BLOCK // 2)
+        places = torch.cat((bytes_ & 15, bytes_ >> 4), dim=2).view(O, -1)[:, :D]
+        scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :D]
+        return (self.table.to(scale)[places.long()] * scale).to(dtype)
