@@ -17,6 +17,7 @@ from vidlm.engine.memory import free_bytes
 from vidlm.errors import InvalidArgument
 from vidlm.fit import Several, fit_frames, largest, need, size, video_tokens
 from vidlm.hf.loading import read_load_options
+from vidlm.hf.placement import read_device_map
 from vidlm.hub import TensorEntry, read_config, read_safetensors_header, weight_files
 from vidlm.models import family_of
 from vidlm.models.base import Family
@@ -307,8 +308,8 @@ def fit(
 
 
 def free_memory(device: str | None = None) -> int:
-    """Bytes free on a device ("cpu", "cuda", None: the CPU) here and now."""
-    return free_bytes(torch.device("cpu" if device in (None, "auto") else device))
+    """Bytes free here and now on what `load` takes for a device: one, or all GPUs."""
+    return sum(map(free_bytes, read_device_map(device).devices))
 
 
 def sampling(folder: Path) -> dict[str, Any]:

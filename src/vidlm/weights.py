@@ -72,12 +72,13 @@ def load(
     renames: Renames,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Callable[[str], torch.device],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a model built on the meta device from the safetensors files of `folder`.
 
-    `progress(done, total)` is called with bytes. Raises WeightsError, listing names, where tensors
+    `device` is that of all parameters, or tells each one's by its name. `progress(done, total)` is
+    called with bytes. Raises WeightsError, listing names, where tensors
     are missing, left over, doubled or of another shape; the model is then unusable.
     """
     shared = _shared_parameters(model)
@@ -95,7 +96,8 @@ def load(
     total = sum(place.entry.stop - place.entry.start for place in stored.values())
     done = 0
     for name, place in _in_file_order(stored):
-        tensor = _read(place, dtype).to(device)
+        where = device if isinstance(device, torch.device) else device(name)
+        tensor = _read(place, dtype).to(where)
         _assign(model, name, nn.Parameter(tensor, requires_grad=False))
         done += place.entry.stop - place.entry.start
         if progress is not None:

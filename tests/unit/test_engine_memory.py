@@ -95,7 +95,7 @@ def test_generate_takes_what_its_requests_need(
 
 def test_generate_with_little_memory(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests take turns in half of what is free, or in what the largest of them needs."""
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 2)
+    monkeypatch.setattr(loop, "free_for_layers", lambda devices: 2)
     recorder = Recorder(monkeypatch)
     requests = [asked(PROMPT, 20), asked(about((), text(5)), 6), asked(PROMPT, 12)]
     said = [list(output.ids) for output in generate(model, requests)]

@@ -47,17 +47,18 @@ def test_dtypes(name: str, given: Any) -> None:
 
 def test_nothing_given() -> None:
     options = read_load_options({"dtype": None, "device_map": None, "revision": None})
-    assert (options.dtype, options.device.type, options.revision) == ("auto", "cpu", None)
+    assert (options.dtype, options.revision) == ("auto", None)
+    assert options.device_map.devices == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize("given", ["cpu", {"": "cpu"}, torch.device("cpu")])
 def test_devices(given: Any) -> None:
-    assert read_load_options({"device_map": given}).device == torch.device("cpu")
+    assert read_load_options({"device_map": given}).device_map.how == {"": torch.device("cpu")}
 
 
 def test_the_best_device() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert read_load_options({"device_map": "auto"}).device.type == expected
+    assert read_load_options({"device_map": "auto"}).device_map.devices[0].type == expected
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,6 @@ def test_the_best_device() -> None:
         ({"dtype": torch.int8}, InvalidArgument, "allowed: auto, float32"),
         ({"dtype": "int8"}, InvalidArgument, "allowed: auto, float32"),
         ({"device_map": "gpu"}, InvalidArgument, "allowed: 'auto', 'cpu', 'cuda'"),
-        ({"device_map": {"a": 0, "b": 1}}, UnsupportedModel, "only one device"),
         ({"quantization_config": object()}, UnsupportedModel, "quantization_config"),
         ({"attn_implementation": "magic"}, UnsupportedModel, "allowed: sdpa, eager"),
         ({"use_safetensors": False}, UnsupportedModel, "never pickle"),

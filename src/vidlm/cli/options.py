@@ -66,7 +66,8 @@ ModelName = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")]
 DeviceName = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, auto.")
+    str | None,
+    typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, auto, balanced."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]

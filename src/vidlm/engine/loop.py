@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vidlm.engine.answers import budget_of
 from vidlm.engine.engine import Engine
-from vidlm.engine.memory import free_bytes
+from vidlm.engine.memory import free_for_layers
 from vidlm.engine.options import BLOCK, EngineOptions
 from vidlm.engine.request import Output, Request, Token
 from vidlm.engine.runner import reserve
@@ -69,7 +69,7 @@ def _bounded(
         return options
     limit = options.kv_bytes
     if limit is None:  # a single request may take what there is: nothing else is kept
-        limit = max(free_bytes(model.device) // 2, *needed)
+        limit = max(free_for_layers(model.layer_devices) // 2, *needed)
     return replace(options, kv_bytes=min(sum(needed), limit))
 
 

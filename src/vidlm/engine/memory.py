@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +17,12 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_free_bytes()
+
+
+def free_for_layers(devices: Sequence[torch.device]) -> int:
+    """Bytes that layers on these devices could take together now, each as many as another."""
+    counts = Counter(devices)
+    return min(free_bytes(device) * len(devices) // own for device, own in counts.items())
 
 
 def host_free_bytes() -> int:

@@ -11,7 +11,7 @@ from vidlm.engine.blocks import BlockPool, block_keys
 from vidlm.engine.features import FeatureCache
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.kv import PagedKV, bytes_per_token
-from vidlm.engine.memory import free_bytes
+from vidlm.engine.memory import free_for_layers
 from vidlm.engine.options import BLOCK, EngineOptions
 from vidlm.models.base import VideoModel
 
@@ -23,7 +23,7 @@ class Store:
         self._model, self._share = model, options.share
         budget = options.kv_bytes
         if budget is None:
-            budget = free_bytes(model.device) // 2
+            budget = free_for_layers(model.layer_devices) // 2
         self.block_bytes = block_bytes(model)
         longest = blocks_for(model.config.max_context) + 1
         most = longest * options.max_sequences  # more could not be used but for what is kept
@@ -67,8 +67,11 @@ class Store:
         if count > self.pool.available:
             return False
         blocks = self.pool.allocate(count)
-        stop, device, dtype = count * BLOCK, self._model.device, self._model.dtype
-        here = [(k[:, :stop].to(device, dtype), v[:, :stop].to(device, dtype)) for k, v in layers]
+        stop, devices, dtype = count * BLOCK, self._model.layer_devices, self._model.dtype
+        here = [
+            (k[:, :stop].to(device, dtype), v[:, :stop].to(device, dtype))
+            for device, (k, v) in zip(devices, layers, strict=True)
+        ]
         self.kv.write(blocks, here)
         for block, key in zip(blocks, keys, strict=False):
             self.pool.publish(block, key)

@@ -126,7 +126,9 @@ def states(model: VideoModel, call: Call) -> States:
     attentions, hidden = step.trace.attentions, step.trace.hidden
     seen = {
         "past_key_values": cache if use_cache else None,
-        "hidden_states": None if hidden is None else tuple(unpack(h, mask) for h in hidden),
+        "hidden_states": None
+        if hidden is None
+        else tuple(unpack(h.to(mask.device), mask) for h in hidden),
         "attentions": None
         if attentions is None
         else tuple(_spread(layer, mask, past) for layer in attentions),
@@ -240,11 +242,12 @@ def _step(call: Call, mask: Tensor, cache: Cache | None) -> Step:
 def _spread(rows: Sequence[Tensor], mask: Tensor, past: Tensor) -> Tensor:
     """Weights (H, n, S) of each row's real tokens -> (B, H, L, columns), 0 for hidden ones."""
     seen = torch.cat((past, mask), dim=1)
+    rows = [weights.to(mask.device) for weights in rows]  # from where the layer is
     out = rows[0].new_zeros(len(rows), rows[0].shape[0], mask.shape[1], seen.shape[1])
-    for row, weights, new, columns in zip(out, rows, mask, seen, strict=True):
+    for i, (weights, new, columns) in enumerate(zip(rows, mask, seen, strict=True)):
         wide = weights.new_zeros(*weights.shape[:2], seen.shape[1])
         wide[:, :, columns] = weights
-        row[:, new] = wide
+        out[i][:, new] = wide  # a view of one row: written to with gradients, too
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 
 from vidlm.errors import InvalidArgument, UnsupportedModel, unknown_keyword
+from vidlm.hf.placement import DeviceMap, Placement, plan_placement, read_device_map
 from vidlm.hub import resolve
 from vidlm.models.base import VideoModel
 from vidlm.quant import BitsAndBytesConfig, quantize
 from vidlm.weights import Renames, load, stored_dtype
 
+log = logging.getLogger(__name__)
 DEMO = "demo"  # the name of the model inside the package
 PATIENCE = 1.0  # seconds of loading before a bar appears
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
@@ -29,7 +32,8 @@ class LoadOptions:
     """`from_pretrained`'s keywords, translated once."""
 
     dtype: torch.dtype | str = "auto"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device_map: DeviceMap = field(default_factory=DeviceMap)
+    attn_implementation: str | None = None
     revision: str | None = None
     local_files_only: bool = False
     cache_dir: str | None = None
@@ -47,11 +51,15 @@ class LoadOptions:
         )
 
 
-# All name torch's scaled_dot_product_attention, whose kernel on a GPU is FlashAttention-2; weights
-# are shown (output_attentions) whichever is named.
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
+# All name torch's scaled_dot_product_attention, which has FlashAttention-2 for 16 bits on a GPU;
+# weights are shown (output_attentions) whichever is named.
+FLASH = "flash_attention_2"
+ATTENTION = ("sdpa", "eager", FLASH)
+AMPERE = (8, 0)  # the oldest GPUs that FlashAttention-2 runs on
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEYWORDS = (
-    *("dtype", "torch_dtype", "device_map", "revision", "local_files_only", "cache_dir", "token"),
+    *("dtype", "torch_dtype", "device_map", "max_memory", "revision", "local_files_only"),
+    *("cache_dir", "token"),
     *("attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"),
     "quantization_config",
 )
@@ -68,25 +76,18 @@ def read_load_options(kwargs: Mapping[str, Any]) -> LoadOptions:
             f"quantization_config of type {type(quantization).__name__}; supported: "
             "vidlm.BitsAndBytesConfig. Or load in dtype=bfloat16"
         )
-    attention = kwargs.get("attn_implementation")
-    if attention not in (None, *ATTENTION):
-        raise UnsupportedModel(
-            f"attn_implementation={attention!r}; allowed: {', '.join(ATTENTION)}, or leave it out"
-        )
-    if attention == "flash_attention_2" and not torch.cuda.is_available():
-        raise UnsupportedModel(
-            "attn_implementation='flash_attention_2' needs a GPU, and torch sees none; leave it "
-            "out for torch's scaled_dot_product_attention, which is what runs here"
-        )
     if kwargs.get("use_safetensors") is False:
         raise UnsupportedModel(
             "use_safetensors=False: only safetensors are read, never pickle files"
         )
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    plain = {f.name for f in fields(LoadOptions)} - {"dtype", "device"}
+    given = kwargs.get("device_map")
+    device_map = read_device_map(given, kwargs.get("max_memory"))
+    on_cpu = given is not None and device_map.devices == [torch.device("cpu")]
+    _check_attention(kwargs.get("attn_implementation"), on_cpu)
+    plain = {f.name for f in fields(LoadOptions)} - {"dtype", "device_map"}
     return LoadOptions(
-        dtype=_dtype(dtype) if dtype is not None else "auto",
-        device=_device(kwargs.get("device_map")),
+        dtype=_one_dtype(kwargs),
+        device_map=device_map,
         **{name: kwargs[name] for name in plain if kwargs.get(name) is not None},
     )
 
@@ -98,45 +99,98 @@ def find(name: str | Path, **options: Any) -> Path:
     return resolve(str(name), **options)
 
 
-def load_model(model: VideoModel, folder: Path, renames: Renames, options: LoadOptions) -> None:
-    """Fill a meta model from a folder."""
+def load_model(
+    model: VideoModel, folder: Path, renames: Renames, options: LoadOptions
+) -> Placement:
+    """Fill a meta model from a folder, each tensor on its device."""
     dtype = options.dtype
     if not isinstance(dtype, torch.dtype):  # "auto": config.json's
         dtype = _dtype(model.config.dtype or "auto")
     if not isinstance(dtype, torch.dtype):  # which does not say: the file's
         dtype = stored_dtype(folder)
-    load(model, folder, renames, dtype=dtype, device=options.device, progress=_bar(folder.name))
+    placement = plan_placement(model, options.device_map, dtype, renames)
+    _check(placement, options, dtype)
+    where, bar = placement.device_of, _bar(folder.name)
+    load(model, folder, renames, dtype=dtype, device=where, progress=bar)
     if options.quantization_config is not None:
         quantize(model, options.quantization_config, model.unquantized)
+    placement.apply(model)
+    return placement
+
+
+def _check(placement: Placement, options: LoadOptions, dtype: torch.dtype) -> None:
+    """What can be told only when it is known where the weights go, before they do."""
+    waiting = placement.waiting
+    if waiting and options.quantization_config is not None:
+        raise UnsupportedModel(
+            f"quantization_config, and {len(waiting)} parts of the model whose weights would wait "
+            "on the CPU for their turn on a GPU, which quantized ones cannot; give GPUs enough "
+            "memory for all, or load with device_map='cpu'"
+        )
+    if waiting:
+        log.info("%d parts wait on the CPU for their turn on %s", len(waiting), placement.main)
+    if options.attn_implementation != FLASH:
+        return
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedModel(
+            f"attn_implementation='flash_attention_2' in {dtype}; it is for float16 and bfloat16: "
+            "give one as dtype, or leave it out for torch's scaled_dot_product_attention"
+        )
+    gpu = placement.main
+    if gpu.type != "cuda":
+        log.warning(
+            "attn_implementation='flash_attention_2', and the model is on the CPU, where torch's "
+            "scaled_dot_product_attention runs; move it with .to('cuda'), or load with device_map"
+        )
+    elif torch.cuda.get_device_capability(gpu) < AMPERE:
+        raise UnsupportedModel(
+            "attn_implementation='flash_attention_2' needs a GPU of compute capability 8.0 "
+            f"(Ampere) or newer, {gpu} is older; leave it out for the kernel that torch's "
+            "scaled_dot_product_attention has for it"
+        )
+
+
+def _check_attention(attention: Any, on_cpu: bool) -> None:
+    if attention not in (None, *ATTENTION):
+        raise UnsupportedModel(
+            f"attn_implementation={attention!r}; allowed: {', '.join(ATTENTION)}, or leave it out"
+        )
+    if attention != FLASH:
+        return
+    missing = None
+    if not torch.cuda.is_available():
+        missing = "and torch sees none"
+    elif on_cpu:
+        missing = "and device_map names none"
+    elif not torch.backends.cuda.is_flash_attention_available():
+        missing = "and a torch that was built with it"
+    if missing:
+        raise UnsupportedModel(
+            f"attn_implementation='flash_attention_2' needs a GPU, {missing}; leave it out for "
+            "torch's scaled_dot_product_attention, which is what runs here"
+        )
+
+
+def _one_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | str:
+    """That of both spellings of the keyword."""
+    given = {n: kwargs[n] for n in ("dtype", "torch_dtype") if kwargs.get(n) is not None}
+    found = {_dtype(value) for value in given.values()}
+    if len(found) > 1:
+        raise InvalidArgument(
+            f"dtype={given['dtype']!r} and torch_dtype={given['torch_dtype']!r}; they are one "
+            "keyword, give dtype alone"
+        )
+    return found.pop() if found else "auto"
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return dtype
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in DTYPES:
         raise InvalidArgument(f"dtype={dtype!r}; allowed: auto, float32, bfloat16, float16")
+    assert isinstance(found, torch.dtype)
     return found
-
-
-def _device(device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise UnsupportedModel(f"device_map={dict(device_map)}; only one device: {{'': 'cpu'}}")
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.device("cpu")
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidArgument(
-            f"device_map={device_map!r}; allowed: 'auto', 'cpu', 'cuda', 'cuda:0', a torch.device"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument(f"device {str(device)!r}, but torch sees no GPU; use 'cpu' or 'auto'")
-    return device
 
 
 def _bar(name: str) -> Callable[[int, int], None] | None:

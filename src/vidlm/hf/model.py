@@ -25,6 +25,7 @@ from vidlm.hf.forward import (
 from vidlm.hf.generation import GenerateCall, read_call
 from vidlm.hf.loading import load_model, read_load_options
 from vidlm.hf.pack import mask_of, share
+from vidlm.hf.placement import Placement
 from vidlm.hub import read_config, read_json
 from vidlm.models.base import Family, Media, Prompt, VideoModel
 from vidlm.text import Tokenizer
@@ -48,6 +49,7 @@ class PretrainedModel(VideoModel):
     returns_prompt: ClassVar[bool] = True  # whether `generate` repeats the prompt's ids
     options: ClassVar[tuple[str, ...]] = ()  # keywords of from_pretrained that the config takes
     folder: Path | None = None
+    placement: Placement | None = None  # where its weights were put when it was loaded
     quantization_config: Any = None  # what it was quantized by when it was loaded
 
     def media(self, inputs: Mapping[str, Any]) -> list[Media]:
@@ -73,7 +75,11 @@ class PretrainedModel(VideoModel):
         """Load a folder or hub repository.
 
         dtype          torch dtype, its name, or "auto" (the default): config.json's, or the file's
-        device_map     "cpu", "cuda", "cuda:1", a torch.device, or "auto" (a GPU if there is one)
+        device_map     "cpu", "cuda", "cuda:1", a torch.device; "auto" (a GPU if there is one with
+                       room, else several and the CPU), "balanced", "balanced_low_0", "sequential";
+                       or devices by names of parts: see docs/models.md
+        max_memory     for the strategies: bytes, or text such as "20GiB", by GPU (0, 1) and "cpu"
+        attn_implementation   "sdpa", "eager", "flash_attention_2": all run torch's attention
         revision, local_files_only, cache_dir, token   as huggingface_hub takes them
 
         Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; TypeError on an
@@ -85,7 +91,7 @@ class PretrainedModel(VideoModel):
         config = cls.adapted(cls.family.config.from_dict(read_config(folder)), folder, own)
         with torch.device("meta"):
             model = cls(config)
-        load_model(model, folder, cls.renames(), options)
+        model.placement = load_model(model, folder, cls.renames(), options)
         model.folder = folder
         model.quantization_config = options.quantization_config
         for weight in model.parameters():
@@ -105,6 +111,25 @@ class PretrainedModel(VideoModel):
         config["torch_dtype"] = config["dtype"]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save(self, folder)
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """The device of each part's weights, under "" that of all others."""
+        if self.placement is None or not self.placement.elsewhere:
+            return {"": self.device}  # it may have been moved
+        return {"": self.placement.main, **self.placement.elsewhere}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `cpu` and changes of dtype come to. Raises InvalidArgument where a
+        model on several devices would be moved."""
+        if self.placement is not None and self.placement.elsewhere:
+            for device in {self.placement.main, *self.placement.elsewhere.values()}:
+                if fn(torch.empty(0, device=device)).device != device:
+                    raise InvalidArgument(
+                        "this model lies on several devices and cannot be moved; load it again "
+                        "with device_map='cpu' or 'cuda'"
+                    )
+        return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.decoder.embed_tokens

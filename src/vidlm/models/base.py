@@ -20,6 +20,7 @@ from vidlm.errors import InvalidArgument
 from vidlm.media import Video
 from vidlm.nn.decoder import Decoder
 from vidlm.nn.linear import linear
+from vidlm.nn.placed import device_of
 from vidlm.nn.step import Memory, Step
 from vidlm.text import Tokenizer
 from vidlm.weights import Renames
@@ -195,7 +196,13 @@ class VideoModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where tokens go in and logits come out; layers may be elsewhere."""
         return next(self.parameters()).device
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer of the decoder runs, and its keys and values are."""
+        return [device_of(layer) for layer in self.decoder.layers]
 
     @property
     def dtype(self) -> torch.dtype:

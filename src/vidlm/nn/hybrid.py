@@ -70,7 +70,9 @@ class HybridAttention(Attention):
                 rows = rows[step.readers[segment.start : segment.stop]]
             if not len(rows):
                 continue
-            keys, values = segment.memory.project(self.layer, lambda m: self._keys(norm(m)))
+            keys, values = segment.memory.project(
+                self.layer, lambda m: self._keys(norm(m.to(q.device)))
+            )
             found = self.cross(q[rows], keys, values)  # (n, D)
             x = x.index_add(0, rows, self._open(own[rows]) * found)
         return x

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class Step:
     memory     of each sequence, or None where no sequence has one
     readers    (T,) bool: the tokens that attend to their sequence's memory; None: all of them
     trace      where layers leave what the caller asked to see
+    copies     what `vidlm.nn.placed` keeps of the step on other devices, for the layers there
     """
 
     positions: Tensor
@@ -126,6 +127,19 @@ class Step:
     memory: tuple[Memory | None, ...] | None = None
     readers: Tensor | None = None
     trace: Trace = field(default_factory=Trace)
+    copies: dict[torch.device, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def to(self, device: torch.device) -> Step:
+        """The same with its tensors on this device. Memories stay, and so does what is cached: each
+        layer's keys and values are where the layer runs."""
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            pages=None if self.pages is None else self.pages.to(device),
+            readers=None if self.readers is None else self.readers.to(device),
+        )
 
     @property
     def uniform(self) -> bool:
