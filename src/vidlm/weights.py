@@ -29,6 +29,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,  # codes of packed layers
+    "U8": torch.uint8,
 }
 SINGLE = "model.safetensors"
 CHUNK = 16 << 20  # bytes converted at a time when the file's dtype is not the model's
@@ -73,12 +75,14 @@ def load(
     *,
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
+    place: Callable[[str, Tensor], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a model built on the meta device from the safetensors files of `folder`.
 
-    `device` is that of all parameters, or tells each one's by its name. `progress(done, total)` is
-    called with bytes. Raises WeightsError, listing names, where tensors
+    Parameters take `dtype`, buffers keep their own. `device` is that of all, or tells each one's by
+    its name. `place(name, tensor)` may take a tensor for itself, and then says True.
+    `progress(done, total)` is called with bytes. Raises WeightsError, listing names, where tensors
     are missing, left over, doubled or of another shape; the model is then unusable.
     """
     shared = _shared_parameters(model)
@@ -91,15 +95,20 @@ def load(
                 "set tie_word_embeddings to false in it if the model has a head of its own, and "
                 "download the checkpoint again if not"
             )
-    parameters = dict(model.named_parameters())
-    _compare(parameters, stored, folder)
-    total = sum(place.entry.stop - place.entry.start for place in stored.values())
+    buffers = dict(_buffers(model))
+    _compare({**dict(model.named_parameters()), **buffers}, stored, folder)
+    total = sum(at.entry.stop - at.entry.start for at in stored.values())
     done = 0
-    for name, place in _in_file_order(stored):
+    for name, at in _in_file_order(stored):
         where = device if isinstance(device, torch.device) else device(name)
-        tensor = _read(place, dtype).to(where)
-        _assign(model, name, nn.Parameter(tensor, requires_grad=False))
-        done += place.entry.stop - place.entry.start
+        own = buffers[name].dtype if name in buffers else dtype
+        tensor = _read(at, own, name).to(where)
+        if name in buffers:
+            _assign(model, name, tensor)
+        elif place is None or not place(name, tensor):
+            _assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        del tensor
+        done += at.entry.stop - at.entry.start
         if progress is not None:
             progress(done, total)
     for alias, name in shared.items():
@@ -107,11 +116,13 @@ def load(
 
 
 def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
-    """Write the parameters as safetensors, in several files with an index past `shard` bytes.
+    """Write parameters and buffers as safetensors, in several files with an index past `shard`
+    bytes.
 
     Weights under these names that were in the folder before are gone afterwards.
     """
-    tensors = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
+    named = chain(model.named_parameters(), _buffers(model))
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named}
     groups = _shards(tensors, shard)
     # Left in place, an index or the files of another division would be read instead of these.
     for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):
@@ -162,9 +173,18 @@ def stored_dtype(folder: Path) -> torch.dtype:
     sizes: dict[str, int] = {}
     for path in sorted(set(weight_files(folder).values())):
         for entry in read_safetensors_header(path).values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
+            if _torch_dtype(entry.dtype, path).is_floating_point:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
     name = max(sizes, key=lambda key: sizes[key])
     return _torch_dtype(name, folder)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What belongs into a file beside the parameters: codes and scales of packed layers."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -261,9 +281,14 @@ def _torch_dtype(name: str, where: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _read(place: Stored, dtype: torch.dtype) -> Tensor:
+def _read(place: Stored, dtype: torch.dtype, name: str) -> Tensor:
     entry = place.entry
     source = _torch_dtype(entry.dtype, place.path)
+    if source.is_floating_point != dtype.is_floating_point:
+        raise UnsupportedModel(
+            f"{place.path} stores {name} as {entry.dtype}, and the model has it in {dtype}; a "
+            "checkpoint that another library quantized cannot be read, take the original weights"
+        )
     out = torch.empty(entry.shape, dtype=dtype)
     with place.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
@@ -292,6 +317,6 @@ def _fill(file: BinaryIO, tensor: Tensor, place: Stored) -> None:
         view = view[count:]
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, tensor)

@@ -24,7 +24,8 @@ def eight(seed: int, O: int, D: int) -> PackedWeight:  # noqa: E741
 def four(seed: int, O: int, D: int, group: int) -> PackedWeight:  # noqa: E741
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (O, -(-D // 64) * 32), generator=draw).to(torch.uint8)
-    scale = (torch.rand(O, -(-D // group), generator=draw) / 10).bfloat16()
+    scale = torch.rand(O, -(-D // group), generator=draw) / 10
+    scale = scale.bfloat16() if group == 32 else scale
     table = torch.randn(16, generator=draw).bfloat16().float()
     return PackedWeight(D, codes, scale, table, group)
 

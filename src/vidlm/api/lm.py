@@ -21,6 +21,7 @@ from vidlm.hf import (
     ForConditionalGeneration,
     ProcessorMixin,
 )
+from vidlm.quant import preset
 from vidlm.weights import fingerprint
 
 
@@ -29,6 +30,7 @@ def load(
     *,
     dtype: Any = None,
     device: Any = None,
+    quantize: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     engine: EngineOptions | None = None,
@@ -37,13 +39,19 @@ def load(
 
     dtype   a torch dtype or its name; None: what the checkpoint is stored in
     device  "cpu", "cuda", "auto"; None: the CPU
+    quantize  "int8", "int4" or "nf4": all linear layers in fewer bits, the head in 8, as they are
+            read; see docs/quantization.md
     engine  how much it may remember, and whether answers must be exact; see EngineOptions
     Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError.
     """
     where = {"revision": revision, "local_files_only": local_files_only}
     processor = AutoProcessor.from_pretrained(name, **where)
     model = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, device_map=device, **where
+        name,
+        dtype=dtype,
+        device_map=device,
+        quantization_config=None if quantize is None else preset(quantize),
+        **where,
     )
     return LM(model, processor, engine)
 
@@ -94,6 +102,7 @@ class LM:
                 config=blake2b(words, digest_size=16).hexdigest(),
                 weights=fingerprint(self.model),
                 exact=self.engine.options.exact,
+                kv_dtype=self.engine.options.kv_dtype,
             )
             self._identity = stamp, made
         return self._identity[1]

@@ -110,8 +110,8 @@ def load_model(given: Ask | Index, progress: Progress) -> LM:
     progress.now(f"loading {given.model}")
     from vidlm.api import load  # brings torch, which takes as long as a small model
 
-    lm = load(given.model, dtype=given.dtype, device=given.device)
-    dtype = str(lm.model.dtype).removeprefix("torch.")
+    lm = load(given.model, dtype=given.dtype, device=given.device, quantize=given.quantize)
+    dtype = given.quantize or str(lm.model.dtype).removeprefix("torch.")
     what = f"{given.model} in {dtype} on {lm.model.device}"
     progress.done(time.perf_counter() - began, "load", what)
     return lm

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidlm.cli.machine import machine, peak_bytes, sentence
-from vidlm.cli.options import FRAMES, Debug, Dtype, Json, command
+from vidlm.cli.options import FRAMES, Debug, Dtype, Json, Quantize, command
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import STDIN, check_sources
 from vidlm.errors import InvalidArgument
@@ -64,6 +64,7 @@ class Latency:
     runs: Runs = 3
     json: Json = False
     dtype: Dtype = None
+    quantize: Quantize = None
     device: Device = None
     quiet: Quiet = False
     debug: Debug = False
@@ -87,6 +88,7 @@ class Throughput:
     runs: Runs = 3
     json: Json = False
     dtype: Dtype = None
+    quantize: Quantize = None
     device: Device = None
     quiet: Quiet = False
     debug: Debug = False
@@ -254,8 +256,8 @@ def _load(given: Latency | Throughput, progress: Progress) -> LM:
     progress.now(f"loading {given.model}")
     from vidlm.api import load
 
-    lm = load(given.model, dtype=given.dtype, device=given.device)
-    dtype = str(lm.model.dtype).removeprefix("torch.")
+    lm = load(given.model, dtype=given.dtype, device=given.device, quantize=given.quantize)
+    dtype = given.quantize or str(lm.model.dtype).removeprefix("torch.")
     progress.done(
         time.perf_counter() - began, "load", f"{given.model} in {dtype} on {lm.model.device}"
     )

@@ -48,6 +48,14 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16; else as stored."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="KIND",
+        help="int8, int4, nf4: weights in fewer bits.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
 Videos = Annotated[
     list[str] | None,
@@ -119,6 +127,7 @@ class Ask:
         bool, typer.Option("--no-stream", help="Print the answer when it is complete.")
     ] = False
     dtype: Dtype = None
+    quantize: Quantize = None
     device: DeviceName = None
     quiet: Quiet = False
     debug: Debug = False
@@ -160,6 +169,7 @@ class Index:
     ] = None
     force: Force = False
     dtype: Dtype = None
+    quantize: Quantize = None
     device: DeviceName = None
     quiet: Quiet = False
     debug: Debug = False

@@ -37,6 +37,7 @@ OPTIONS: Mapping[str, str] = {
             "temperature",
             "seed",
             "dtype",
+            "quantize",
         )
     },
 }

@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=300, help="questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="demo", help="folder of a checkpoint")
+    parser.add_argument("--quantize", help="int8, int4 or nf4")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--wrong", action="store_true", help="list the wrong answers")
     args = parser.parse_args()
     began = time.monotonic()
-    lm = load(args.model)
+    lm = load(args.model, quantize=args.quantize)
     with tempfile.TemporaryDirectory() as folder:
         for score in evaluate(lm, args.n, args.seed, Path(folder)):
             asked = sum(score.asked.values())

@@ -46,7 +46,7 @@ from vidlm.models.llava_next_video import LlavaNextVideoConfig
 from vidlm.models.slowfast import SlowFastConfig
 from vidlm.models.video_llava import VideoLlavaConfig
 from vidlm.models.videollama3 import VideoLlama3Config
-from vidlm.quant import BitsAndBytesConfig
+from vidlm.quant import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from vidlm.vision.navit import NaViTConfig as VideoLlama3VisionConfig
 
 __all__ = [
@@ -74,10 +74,12 @@ __all__ = [
     "LlavaProcessor",
     "LlavaQwenSlowFastForCausalLM",
     "ProcessorMixin",
+    "QuantoConfig",
     "SlowFastConfig",
     "SlowFastProcessor",
     "TextIteratorStreamer",
     "TextStreamer",
+    "TorchAoConfig",
     "VideoLlama3Config",
     "VideoLlama3ForConditionalGeneration",
     "VideoLlama3ImageProcessor",

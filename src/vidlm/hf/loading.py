@@ -17,7 +17,16 @@ from vidlm.errors import InvalidArgument, UnsupportedModel, unknown_keyword
 from vidlm.hf.placement import DeviceMap, Placement, plan_placement, read_device_map
 from vidlm.hub import resolve
 from vidlm.models.base import VideoModel
-from vidlm.quant import BitsAndBytesConfig, quantize
+from vidlm.quant import (
+    BitsAndBytesConfig,
+    Config,
+    Packer,
+    Scheme,
+    expect,
+    quantize,
+    read_config,
+    scheme_of,
+)
 from vidlm.weights import Renames, load, stored_dtype
 
 log = logging.getLogger(__name__)
@@ -38,7 +47,7 @@ class LoadOptions:
     local_files_only: bool = False
     cache_dir: str | None = None
     token: str | None = None
-    quantization_config: BitsAndBytesConfig | None = None
+    quantization_config: Config | None = None
 
     def folder(self, name: str | Path) -> Path:
         """The local folder of a model: a path, the demo inside the package, or the hub's cache."""
@@ -70,12 +79,7 @@ def read_load_options(kwargs: Mapping[str, Any]) -> LoadOptions:
     for name in kwargs:
         if name not in KEYWORDS:
             raise unknown_keyword("from_pretrained()", name, KEYWORDS)
-    quantization = kwargs.get("quantization_config")
-    if not isinstance(quantization, BitsAndBytesConfig | None):
-        raise UnsupportedModel(
-            f"quantization_config of type {type(quantization).__name__}; supported: "
-            "vidlm.BitsAndBytesConfig. Or load in dtype=bfloat16"
-        )
+    read_config(kwargs.get("quantization_config"))
     if kwargs.get("use_safetensors") is False:
         raise UnsupportedModel(
             "use_safetensors=False: only safetensors are read, never pickle files"
@@ -100,9 +104,13 @@ def find(name: str | Path, **options: Any) -> Path:
 
 
 def load_model(
-    model: VideoModel, folder: Path, renames: Renames, options: LoadOptions
+    model: VideoModel,
+    folder: Path,
+    renames: Renames,
+    options: LoadOptions,
+    saved: Scheme | None = None,
 ) -> Placement:
-    """Fill a meta model from a folder, each tensor on its device."""
+    """Fill a meta model from a folder, each tensor on its device; `saved`: how they are packed."""
     dtype = options.dtype
     if not isinstance(dtype, torch.dtype):  # "auto": config.json's
         dtype = _dtype(model.config.dtype or "auto")
@@ -110,12 +118,47 @@ def load_model(
         dtype = stored_dtype(folder)
     placement = plan_placement(model, options.device_map, dtype, renames)
     _check(placement, options, dtype)
-    where, bar = placement.device_of, _bar(folder.name)
-    load(model, folder, renames, dtype=dtype, device=where, progress=bar)
-    if options.quantization_config is not None:
-        quantize(model, options.quantization_config, model.unquantized)
+    config, whole = options.quantization_config, model.unquantized
+    packer = None
+    if saved is not None:
+        expect(model, saved, whole)
+    elif config is not None and not _by_library(config, placement):
+        packer = Packer(model, scheme_of(config), whole)
+    load(
+        model,
+        folder,
+        renames,
+        dtype=dtype,
+        device=placement.device_of,
+        place=None if packer is None else packer.place,
+        progress=_bar(folder.name),
+    )
+    if packer is not None:
+        packer.finish()
+    elif isinstance(config, BitsAndBytesConfig):
+        quantize(model, config, whole)
     placement.apply(model)
     return placement
+
+
+def _by_library(config: Config, placement: Placement) -> bool:
+    """Whether bitsandbytes keeps the arithmetic: on GPUs, where it has kernels."""
+    return isinstance(config, BitsAndBytesConfig) and placement.main.type == "cuda"
+
+
+def saved_scheme(config: Mapping[str, Any], given: Config | None) -> Scheme | None:
+    """How the weights beside a config.json are packed. Raises where they are, and something else is
+    asked for, or where another library packed them."""
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
+    scheme = Scheme.from_dict(stored)
+    if given is not None and scheme_of(given) != scheme:
+        raise InvalidArgument(
+            f"quantization_config={given}, and these weights were saved in {scheme.kind} "
+            f"({scheme}); leave it out, or load the original weights"
+        )
+    return scheme
 
 
 def _check(placement: Placement, options: LoadOptions, dtype: torch.dtype) -> None:

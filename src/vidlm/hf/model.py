@@ -23,11 +23,13 @@ from vidlm.hf.forward import (
     read_keywords,
 )
 from vidlm.hf.generation import GenerateCall, read_call
-from vidlm.hf.loading import load_model, read_load_options
+from vidlm.hf.loading import load_model, read_load_options, saved_scheme
 from vidlm.hf.pack import mask_of, share
 from vidlm.hf.placement import Placement
 from vidlm.hub import read_config, read_json
 from vidlm.models.base import Family, Media, Prompt, VideoModel
+from vidlm.nn.packed import PackedLinear
+from vidlm.quant import scheme_of
 from vidlm.text import Tokenizer
 from vidlm.weights import Renames, save
 
@@ -88,27 +90,34 @@ class PretrainedModel(VideoModel):
         own = {key: kwargs.pop(key) for key in cls.options if key in kwargs}
         options = read_load_options(kwargs)
         folder = options.folder(name)
-        config = cls.adapted(cls.family.config.from_dict(read_config(folder)), folder, own)
+        told = read_config(folder)
+        saved = saved_scheme(told, options.quantization_config)
+        config = cls.adapted(cls.family.config.from_dict(told), folder, own)
         with torch.device("meta"):
             model = cls(config)
-        model.placement = load_model(model, folder, cls.renames(), options)
+        model.placement = load_model(model, folder, cls.renames(), options, saved)
         model.folder = folder
-        model.quantization_config = options.quantization_config
+        model.quantization_config = saved or options.quantization_config
         for weight in model.parameters():
             weight.requires_grad_(weight.is_floating_point())
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors, for transformers too. Raises UnsupportedModel for a
-        quantized model."""
-        if self.quantization_config is not None:
+        """Write config.json and safetensors, for transformers too; of a quantized model what
+        `from_pretrained` reads without the original. Raises UnsupportedModel where bitsandbytes
+        quantized it, on a GPU."""
+        quantized = self.quantization_config
+        if quantized is not None and not any(type(m) is PackedLinear for m in self.modules()):
             raise UnsupportedModel(
-                "a quantized model cannot be written yet; save it before it is quantized"
+                "a model that bitsandbytes quantized cannot be written; load it with "
+                "QuantoConfig, or with device_map='cpu', and save that"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         config["torch_dtype"] = config["dtype"]
+        if quantized is not None:
+            config["quantization_config"] = scheme_of(quantized).to_dict()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save(self, folder)
 

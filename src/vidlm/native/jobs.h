@@ -7,7 +7,7 @@ typedef struct { /* (rows, D) numbers, or packed as packed.h says */
     int64_t form; /* DENSE, or of packed.h; the rest is for those */
     const char *scale;
     const float *table;
-    int64_t group;
+    int64_t group, scale_type;
 } Weight;
 
 typedef struct { /* one weight matrix; the same x goes through all of a call */

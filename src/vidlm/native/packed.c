@@ -8,8 +8,13 @@
 
 /* ---- as numbers ------------------------------------------------------------------------------- */
 
+INLINE float scale_at(const Weight *w, int64_t index) {
+    return w->scale_type == BFLOAT16 ? widen(((const bf16 *)w->scale)[index])
+                                     : ((const float *)w->scale)[index];
+}
+
 INLINE float scale_of(const Weight *w, int64_t row, int64_t groups, int64_t k) {
-    return widen(((const bf16 *)w->scale)[row * groups + k / w->group]);
+    return scale_at(w, row * groups + k / w->group);
 }
 
 /* Numbers [k, k + 64) of a row. */
@@ -231,8 +236,8 @@ static void four_block(const Part *p, int64_t from, int64_t to, const bf16 *x, i
     float scale[4 * MOST_SCALES];
     for (; row < to;) {
         int64_t rows = to - row >= 4 ? 4 : 1;
-        const bf16 *at = (const bf16 *)p->weight.scale + row * scales;
-        for (int64_t i = 0; i < rows * scales; i++) scale[i] = widen(at[i]);
+        for (int64_t i = 0; i < rows * scales; i++)
+            scale[i] = scale_at(&p->weight, row * scales + i);
         if (rows == 4) ROWS_OF(CALL, 4)
         else ROWS_OF(CALL, 1)
         row += rows;

@@ -3,7 +3,7 @@
  * EIGHT  a row is D signed bytes and one float32 scale
  * FOUR   a row is blocks of 64 numbers in 32 bytes, the last block filled up with anything: byte i has
  *        number i in its lower and number i + 32 in its upper half, each the place in a table of 16
- *        values; `group` numbers in a row, a multiple of 32, share a bfloat16 scale
+ *        values; `group` numbers in a row, a multiple of 32, share a scale of `scale_type`
  */
 #pragma once
 #include "jobs.h"

@@ -21,8 +21,10 @@ class PackedWeight:
     width  D
     codes  8 bits: int8 (O, D). 4 bits: uint8 (O, ceil(D / 64) * 32); byte i of 32 has the place in
            the table of number i of 64 in its lower half, of number i + 32 in its upper
-    scale  8 bits: float32 (O), of a row. 4 bits: bfloat16 (O, ceil(D / group)), of `group` numbers
-    table  float32 (16), each exact in bfloat16: what a place stands for; None with 8 bits
+    scale  8 bits: float32 (O), of a row. 4 bits: float32 or bfloat16 (O, ceil(D / group)), of
+           `group` numbers
+    table  float32 (16): what a place stands for; None with 8 bits. Products of a few rows in
+           bfloat16 take it rounded to that
     group  a multiple of 32
     """
 
@@ -41,16 +43,18 @@ class PackedWeight:
         return self.codes.nbytes + self.scale.nbytes
 
     @property
-    def fields(self) -> tuple[int, int, int, int, int]:
+    def fields(self) -> tuple[int, ...]:
         """In the order of Weight in jobs.h."""
         form = EIGHT if self.table is None else FOUR
         table = 0 if self.table is None else self.table.data_ptr()
-        return self.codes.data_ptr(), form, self.scale.data_ptr(), table, self.group
+        kind = TYPES[self.scale.dtype]
+        return self.codes.data_ptr(), form, self.scale.data_ptr(), table, self.group, kind
 
     def readable(self) -> bool:
         """Whether the kernels can read it where it is."""
         parts = [x for x in (self.codes, self.scale, self.table) if x is not None]
-        return all(x.is_cpu and x.is_contiguous() for x in parts)
+        known = self.codes.element_size() == 1 and self.scale.dtype in TYPES
+        return known and all(x.is_cpu and x.is_contiguous() for x in parts)
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """(O, D): what the weights stand for, rounded once to `dtype`."""

@@ -69,8 +69,8 @@ def takes(x: Tensor, weights: Sequence[Weight], *others: Tensor) -> ctypes.CDLL 
     return kernels(x, *plain_ones, *others)
 
 
-def fields(weight: Weight) -> tuple[int, int, int, int, int]:
+def fields(weight: Weight) -> tuple[int, ...]:
     """In the order of Weight in jobs.h."""
     if isinstance(weight, PackedWeight):
         return weight.fields
-    return weight.data_ptr(), DENSE, 0, 0, 0
+    return weight.data_ptr(), DENSE, 0, 0, 0, 0

@@ -1,6 +1,7 @@
-"""How layers call their linear layers: by a kernel where they are plain ones and rows are few.
+"""How layers call their linear layers: by a kernel where rows are few, weights plain or packed.
 
-What has been put in a layer's place (quantized, adapted, hooked, wrapped) is called as it is.
+What else has been put in a layer's place (adapted, hooked, wrapped, of another library) is called
+as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vidlm import native
+from vidlm.nn.packed import PackedLinear, product
 
 
 def bare(module: nn.Module) -> bool:
@@ -17,18 +19,25 @@ def bare(module: nn.Module) -> bool:
     return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
+def weight_of(layer: nn.Module) -> native.Weight | None:
+    """What the kernels may read in the layer's place; None where it must be called."""
+    if type(layer) is nn.Linear:
+        return layer.weight if bare(layer) else None
+    if type(layer) is PackedLinear:
+        return layer.packed if bare(layer) else None
+    return None
+
+
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), where x has any number of axes."""
-    if type(layer) is not nn.Linear or not bare(layer):
-        return layer(x)
-    if x.ndim == 2 and x.shape[0] <= native.MOST_ROWS:
-        return native.linear(x, layer.weight, layer.bias)
-    return layer(x) if layer.bias is None else native.affine(x, layer.weight, layer.bias)
+    weight = weight_of(layer)
+    return layer(x) if weight is None else product(x, weight, layer.bias)  # type: ignore[arg-type]
 
 
 def linears(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """[layer(x) for layer in layers], of a few rows in one go."""
-    own = [layer for layer in layers if type(layer) is nn.Linear and bare(layer)]
-    if x.ndim == 2 and x.shape[0] <= native.MOST_ROWS and len(own) == len(layers):
-        return native.linears(x, [layer.weight for layer in own], [layer.bias for layer in own])
+    if x.ndim == 2 and x.shape[0] <= native.MOST_ROWS:
+        weights = [weight for layer in layers if (weight := weight_of(layer)) is not None]
+        if len(weights) == len(layers):
+            return native.linears(x, weights, [layer.bias for layer in layers])  # type: ignore[misc]
     return [linear(layer, x) for layer in layers]

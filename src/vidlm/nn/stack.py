@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidlm import native
-from vidlm.nn.linear import bare
+from vidlm.nn.linear import bare, weight_of
 from vidlm.nn.step import Step
 
 
@@ -31,19 +31,21 @@ def decode(
     parts = []
     empty = x.new_empty(0, config.num_key_value_heads, config.head_dim)
     for i, layer in enumerate(layers):
-        if not _plain(layer):
+        weights = _weights(layer)
+        if weights is None:
             return None
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        *qkv, o, gate, up, down = weights
         parts.append(
             native.StackLayer(
                 layer.input_layernorm.weight,
-                [p.weight for p in projections],
+                qkv,
                 [p.bias for p in projections],
-                attention.o_proj.weight,
+                o,
                 layer.post_attention_layernorm.weight,
-                (mlp.gate_proj.weight, mlp.up_proj.weight),
-                mlp.down_proj.weight,
+                (gate, up),
+                down,
                 pages.layer(i, empty, empty),
             )
         )
@@ -58,14 +60,16 @@ def decode(
     return native.stack(x, parts, last.weight, (rope[0][:, 0], rope[1][:, 0]), places, shape)
 
 
-def _plain(layer: Any) -> bool:
-    """Whether it is the decoder's own layer, with nothing put in or around any of its parts."""
+def _weights(layer: Any) -> list[native.Weight] | None:
+    """Of all its projections; None unless it is the decoder's own layer, with nothing put in or
+    around any of its parts."""
     if not getattr(layer, "plain", False) or not bare(layer):
-        return False
+        return None
     attention, mlp = layer.self_attn, layer.mlp
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if not all(bare(part) for part in (*norms, attention, mlp)):
+        return None
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return False
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    return all(bare(part) for part in (*linears, *norms, attention, mlp))
+    weights = [weight for linear in linears if (weight := weight_of(linear)) is not None]
+    return weights if len(weights) == len(linears) else None

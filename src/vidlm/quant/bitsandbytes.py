@@ -1,4 +1,4 @@
-"""Linear layers in 4 or 8 bits by bitsandbytes, which keeps the arithmetic: on CPUs and on GPUs.
+"""Linear layers in 4 or 8 bits by bitsandbytes, which keeps the arithmetic, on GPUs.
 
 As transformers does it: every linear layer but the head, unless a name is skipped. Weights are
 quantized one layer after the other, once the model is loaded. `pip install vidlm[quant]`.
@@ -7,63 +7,14 @@ quantized one layer after the other, once the model is loaded. `pip install vidl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import nn
 
-from vidlm.errors import InvalidArgument, UnsupportedModel
-
-HEAD = "lm_head"
-TYPES = ("nf4", "fp4")
-
-
-@dataclass(frozen=True)
-class BitsAndBytesConfig:
-    """What to quantize and how, in transformers' words.
-
-    load_in_4bit, load_in_8bit   one of the two
-    bnb_4bit_quant_type          "nf4" or "fp4"; bnb_4bit_use_double_quant: scales in 8 bits, too
-    bnb_4bit_compute_dtype       what weights become for a product: a dtype or its name, float32
-    llm_int8_threshold           inputs above it are multiplied in 16 bits
-    llm_int8_skip_modules        names, or parts of them between dots, that stay as they are; None:
-                                 the head alone
-    """
-
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
-    llm_int8_threshold: float = 6.0
-    llm_int8_skip_modules: Sequence[str] | None = None
-    bnb_4bit_compute_dtype: torch.dtype | str | None = None
-    bnb_4bit_quant_type: str = "fp4"
-    bnb_4bit_use_double_quant: bool = False
-
-    def __post_init__(self) -> None:
-        if self.load_in_4bit == self.load_in_8bit:
-            raise InvalidArgument(
-                f"load_in_4bit={self.load_in_4bit} and load_in_8bit={self.load_in_8bit}; set one"
-            )
-        if self.bnb_4bit_quant_type not in TYPES:
-            raise InvalidArgument(
-                f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r}; allowed: {', '.join(TYPES)}"
-            )
-        if not isinstance(self.compute_dtype, torch.dtype):
-            raise InvalidArgument(
-                f"bnb_4bit_compute_dtype={self.bnb_4bit_compute_dtype!r}; give a torch dtype, or "
-                "its name as 'float16'"
-            )
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        given = self.bnb_4bit_compute_dtype
-        if given is None:
-            return torch.float32
-        if isinstance(given, torch.dtype):
-            return given
-        found: torch.dtype = getattr(torch, str(given).removeprefix("torch."), None)  # type: ignore[assignment]
-        return found
+from vidlm.errors import UnsupportedModel
+from vidlm.quant.config import BitsAndBytesConfig
+from vidlm.quant.scheme import HEAD, check_skipped, within
 
 
 def quantize(model: nn.Module, config: BitsAndBytesConfig, whole: Sequence[str] = ()) -> None:
@@ -75,22 +26,12 @@ def quantize(model: nn.Module, config: BitsAndBytesConfig, whole: Sequence[str] 
     library = _library()
     skipped = (HEAD,) if config.llm_int8_skip_modules is None else config.llm_int8_skip_modules
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    for name in skipped:
-        if name != HEAD and not any(_within(layer, name) for layer in layers):
-            raise InvalidArgument(
-                f"llm_int8_skip_modules names {name!r}, which is no part of the model; give names "
-                "of layers or parts of them, such as 'lm_head' or 'multi_modal_projector'"
-            )
+    check_skipped(skipped, layers, "llm_int8_skip_modules")
     make: Callable[..., nn.Module] = _four_bits if config.load_in_4bit else _eight_bits
     for name, layer in layers.items():
-        if not any(_within(name, part) for part in (*skipped, *whole)):
+        if not any(within(name, part) for part in (*skipped, *whole)):
             outer, _, last = name.rpartition(".")
             setattr(model.get_submodule(outer), last, make(library, layer, config))
-
-
-def _within(layer: str, part: str) -> bool:
-    """Whether a layer's dotted name has this part; "model." in front, as others have it, or not."""
-    return f".{part.removeprefix('model.')}." in f".{layer}."
 
 
 def _library() -> Any:
@@ -114,9 +55,6 @@ def _four_bits(library: Any, layer: nn.Linear, config: BitsAndBytesConfig) -> nn
     made.weight = library.nn.Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=double, quant_type=kind
     )
-    # Its packed form for newer CPUs rounds the scales, wants sizes in multiples of 64 (SigLIP's
-    # 4304 is none), and a kernel that is fetched from the hub.
-    made.support_avx512bf16_for_cpu = False
     return _finished(made, layer)
 
 
