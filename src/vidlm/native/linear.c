@@ -153,10 +153,9 @@ static void dense(const Part *p, int64_t from, int64_t to, const Rows *r, const 
     else block_f32(p, from, to, r->x, r->M, r->D, ahead, end);
 }
 
-/* The same of packed weights; they become numbers in `room` where that is needed. */
+/* The same of packed weights, which become numbers in `room`. */
 static void unpacked(const Part *p, int64_t from, int64_t to, const Rows *r, char *room,
                      const char *ahead, const char *end) {
-    if (r->type == BFLOAT16 && packed_rows(p, from, to, r->x, r->M, r->D, ahead, end)) return;
     int64_t size = r->type == BFLOAT16 ? 2 : 4;
     int64_t first = to - from < 16 ? to - 16 : from; /* tiles are 16 rows, if there are so many */
     if (first < 0) first = 0;
@@ -169,33 +168,42 @@ static void unpacked(const Part *p, int64_t from, int64_t to, const Rows *r, cha
 /* Each of `count` matrices times x (M, D). */
 EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
                          int type, int threads) {
-    int64_t next = 0, done = 0, rows = 0, size = type == BFLOAT16 ? 2 : 4, packs = 0;
+    int64_t next = 0, done = 0, rows = 0, size = type == BFLOAT16 ? 2 : 4, unpack = 0, direct = 0;
     threads = hands(threads);
     for (int64_t i = 0; i < count; i++) {
         rows += parts[i].rows;
-        packs += parts[i].weight.form != DENSE;
+        int taken = taken_packed(&parts[i].weight, M, D, type);
+        direct += taken;
+        unpack += !taken && parts[i].weight.form != DENSE;
     }
     int64_t block = BLOCK * D * size > LONG || rows < 4 * BLOCK * threads ? BLOCK / 2 : BLOCK;
     /* As many bytes of a block as there are of numbers: what is fetched ahead is the next block. */
-    if (packs == count && M <= MOST_PACKED && type == BFLOAT16)
+    if (direct == count)
         for (int64_t most = BLOCK * 4; block < most && rows >= 8 * block * threads;) block *= 2;
-    char *room = packs ? malloc(threads * block * D * size) : 0;
-    if (packs && !room) return 0;
+    char *room = unpack ? malloc(threads * block * D * size) : 0;
+    Inputs *inputs = direct ? inputs_of(x, M, D) : 0;
+    if ((unpack && !room) || (direct && !inputs)) {
+        free(room);
+        free(inputs);
+        return 0;
+    }
     Rows all = {.x = x, .M = M, .D = D, .type = type};
 #if TILES
-    int numbers = packs < count || M > MOST_PACKED;
-    bf16 *laid = type == BFLOAT16 && numbers ? packed(x, M, D, threads) : 0;
+    bf16 *laid = type == BFLOAT16 && direct < count ? packed(x, M, D, threads) : 0;
     Packed tiles = {laid, M, D};
     if (laid) all.laid = &tiles;
 #endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *own = packs ? room + omp_get_thread_num() * block * D * size : 0;
+        char *own = unpack ? room + omp_get_thread_num() * block * D * size : 0;
         Piece now = piece(parts, count, take(&next), block, D, size);
         while (now.part) {
             Piece then = piece(parts, count, take(&next), block, D, size);
-            if (now.part->weight.form == DENSE)
+            const Weight *w = &now.part->weight;
+            if (w->form == DENSE)
                 dense(now.part, now.from, now.to, &all, then.weight, then.end);
+            else if (taken_packed(w, M, D, type))
+                packed_rows(now.part, now.from, now.to, inputs, then.weight, then.end);
             else
                 unpacked(now.part, now.from, now.to, &all, own, then.weight, then.end);
             now = then;
@@ -207,6 +215,7 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
     }
     if (threads > 1) hands_came(done);
     free(room);
+    free(inputs);
 #if TILES
     free(laid);
 #endif

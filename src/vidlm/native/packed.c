@@ -1,7 +1,9 @@
-/* Rows of packed weights: as numbers again, and times one to three rows of x without that. */
+/* Rows of packed weights: as numbers again, and times a few rows of x without that. */
+#include <stdlib.h>
+
 #include "packed.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #define WIDE 1
 #endif
@@ -117,58 +119,176 @@ EXPORT void vidlm_unpack(const Part *p, int64_t D, int type, int threads) {
         unpack_rows(&p->weight, i, least(i + ROWS, p->rows), D, type, p->out + i * D * size);
 }
 
-/* ---- times x ---------------------------------------------------------------------------------- */
+/* ---- times x ----------------------------------------------------------------------------------
+ *
+ * By products of bytes: a row of x becomes integers of 16 bits, relative to its largest number, each
+ * in two signed bytes, x = unit * (256 * high + low). That is finer than bfloat16 for all numbers
+ * that matter, and sums of integers are exact. Weights are taken as unsigned bytes, 8 bits plus 128,
+ * and 4 bits as they are stored where the table is -8 to 7; what that adds is taken off at the end.
+ */
 
 #if WIDE
-enum { MOST_SCALES = 1024 }; /* of a row */
+enum { MOST_EIGHT = 6, MOST_FOUR = 6, MOST_TABLE = 3, MOST_SCALES = 1024, LONGEST = 65536 };
+
+typedef struct {
+    int8_t *high, *low; /* (wide), zeros behind the end */
+    float *sums;        /* of 32 numbers each, zeros behind them */
+    float unit, sum;
+} Fixed;
+
+struct Inputs {
+    const bf16 *x;
+    int64_t M, D;
+    Fixed rows[MOST_EIGHT];
+};
+
+INLINE int64_t wide_of(int64_t D) { return (D + 63) / 64 * 64; }
+INLINE int64_t scales_of(int64_t D) { return (D + 511) / 512 * 16; } /* of 32 numbers, in sixteens */
+
+INLINE __m512 numbers_at(const bf16 *x, int64_t k, int64_t D) {
+    __mmask16 mask = k >= D ? 0 : D - k < 16 ? (__mmask16)((1u << (D - k)) - 1) : 0xffff;
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + k)), 16);
+}
+
+/* What is not a number, or not finite, makes `unit` NaN, and with it all that x gives. */
+static void fix(const bf16 *x, int64_t D, Fixed *f) {
+    __m512 most = _mm512_setzero_ps(), check = most;
+    for (int64_t k = 0; k < D; k += 16) {
+        __m512 value = numbers_at(x, k, D);
+        most = _mm512_max_ps(most, _mm512_abs_ps(value));
+        check = _mm512_fmadd_ps(value, _mm512_setzero_ps(), check);
+    }
+    float largest = _mm512_reduce_max_ps(most), wrong = _mm512_reduce_add_ps(check);
+    int finite = wrong == 0.f && largest > 1e-30f; /* smaller ones are nothing */
+    __m512 over = _mm512_set1_ps(finite ? 32639.f / largest : 0.f); /* 127 * 256 + 127 */
+    f->unit = finite ? largest / 32639.f : wrong;
+    int64_t sum = 0;
+    for (int64_t k = 0; k < wide_of(D); k += 16) {
+        __m512i value = _mm512_setzero_si512();
+        if (finite) value = _mm512_cvtps_epi32(_mm512_mul_ps(numbers_at(x, k, D), over));
+        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+        __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 8));
+        _mm_storeu_si128((__m128i *)(f->high + k), _mm512_cvtepi32_epi8(high));
+        _mm_storeu_si128((__m128i *)(f->low + k), _mm512_cvtepi32_epi8(low));
+        int32_t part = _mm512_reduce_add_epi32(value);
+        sum += part;
+        f->sums[k / 32] = (k % 32 ? f->sums[k / 32] : 0.f) + (float)part * f->unit;
+    }
+    for (int64_t g = wide_of(D) / 32; g < scales_of(D); g++) f->sums[g] = 0.f;
+    f->sum = (float)sum * f->unit;
+}
+
+Inputs *inputs_of(const bf16 *x, int64_t M, int64_t D) {
+    int64_t wide = wide_of(D), size = 2 * wide + scales_of(D) * 4, first = (sizeof(Inputs) + 63) / 64 * 64;
+    Inputs *made = aligned_alloc(64, first + (M * size + 63) / 64 * 64);
+    if (!made) return made;
+    made->x = x, made->M = M, made->D = D;
+    for (int64_t m = 0; m < M; m++) {
+        char *at = (char *)made + first + m * size;
+        Fixed *f = made->rows + m;
+        f->high = (int8_t *)at, f->low = (int8_t *)at + wide, f->sums = (float *)(at + 2 * wide);
+        fix(x + m * D, D, f);
+    }
+    return made;
+}
+
+INLINE int by_integers(const Weight *w) { /* the table is -8 to 7 */
+    for (int i = 0; i < 16; i++)
+        if (w->table[i] != (float)(i - 8)) return 0;
+    return 1;
+}
+
+int taken_packed(const Weight *w, int64_t M, int64_t D, int type) {
+    if (type != BFLOAT16 || D > LONGEST || w->form == DENSE) return 0;
+    if (w->form == EIGHT) return M <= MOST_EIGHT;
+    return scales_of(D) <= MOST_SCALES && M <= (by_integers(w) ? MOST_FOUR : MOST_TABLE);
+}
 
 INLINE void finish(const Part *p, int64_t row, int64_t b, float sum) {
     const bf16 *bias = (const bf16 *)p->bias;
     ((bf16 *)p->out)[b * p->rows + row] = narrow(sum + (bias ? widen(bias[row]) : 0.f));
 }
 
-/* Rows [row, row + R) of 8 bits times B rows of x. */
-INLINE void eight(const int R, const int B, const Part *p, int64_t row, const bf16 *x, int64_t D,
-                  int64_t b0, const char **ahead, const char *end) {
-    const int8_t *w = (const int8_t *)p->weight.data + row * D;
-    __m512 acc[4][MOST_PACKED], at[MOST_PACKED];
+/* Rows [row, row + R) of 8 bits times rows [b0, b0 + B) of x. */
+INLINE void eight(const int R, const int B, const Part *p, int64_t row, const Inputs *in, int64_t b0,
+                  const char **ahead, const char *end) {
+    int64_t D = in->D;
+    const Fixed *x = in->rows + b0;
+    const uint8_t *w = (const uint8_t *)p->weight.data + row * D;
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    __m512i high[4][2], low[4][2];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) high[r][b] = low[r][b] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < D; k += 64) {
+        __mmask64 mask = D - k < 64 ? (1ull << (D - k)) - 1 : ~0ull;
+        fetch_ahead(ahead, end, R);
+        for (int r = 0; r < R; r++) {
+            __m512i bytes = _mm512_maskz_loadu_epi8(mask, w + r * D + k);
+            bytes = _mm512_xor_si512(bytes, flip);
+            for (int b = 0; b < B; b++) {
+                __m512i h = _mm512_loadu_si512(x[b].high + k), l = _mm512_loadu_si512(x[b].low + k);
+                high[r][b] = _mm512_dpbusd_epi32(high[r][b], bytes, h);
+                low[r][b] = _mm512_dpbusd_epi32(low[r][b], bytes, l);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) {
+            int64_t upper = _mm512_reduce_add_epi32(high[r][b]);
+            double whole = (double)(256 * upper + _mm512_reduce_add_epi32(low[r][b]));
+            float sum = (float)(whole * x[b].unit - 128. * x[b].sum);
+            finish(p, row + r, b0 + b, sum * ((const float *)p->weight.scale)[row + r]);
+        }
+}
+
+/* The same of 4 bits whose table is -8 to 7. `scale` (R, scales) has one for each 32 numbers, and a
+ * register has twice 32. */
+INLINE void four(const int R, const int B, const Part *p, int64_t row, const Inputs *in, int64_t b0,
+                 const float *scale, int64_t scales, const char **ahead, const char *end) {
+    int64_t stride = row_bytes(&p->weight, in->D, 0), blocks = stride / 32;
+    const Fixed *x = in->rows + b0;
+    const uint8_t *codes = (const uint8_t *)p->weight.data + row * stride;
+    const __m512i lower = _mm512_set1_epi8(15);
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    __m512 acc[4][2];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
-    int64_t k = 0, whole = D / 16 * 16;
-    for (; k < whole; k += 16) {
-        for (int b = 0; b < B; b++)
-            at[b] = (__m512)load_bf16(x + b * D + k);
-        if (k % 64 == 0) fetch_ahead(ahead, end, R);
+    for (int64_t i = 0; i < blocks; i++, codes += 32) {
+        if (i % 2 == 0) fetch_ahead(ahead, end, R);
         for (int r = 0; r < R; r++) {
-            __m128i bytes = _mm_loadu_si128((const __m128i *)(w + r * D + k));
-            __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-            for (int b = 0; b < B; b++) acc[r][b] = _mm512_fmadd_ps(numbers, at[b], acc[r][b]);
-        }
-    }
-    if (k < D) {
-        __mmask16 mask = (__mmask16)((1u << (D - k)) - 1);
-        for (int b = 0; b < B; b++) at[b] = (__m512)some_bf16(x + b * D + k, D - k);
-        for (int r = 0; r < R; r++) {
-            __m128i bytes = _mm_maskz_loadu_epi8(mask, w + r * D + k);
-            __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-            for (int b = 0; b < B; b++) acc[r][b] = _mm512_fmadd_ps(numbers, at[b], acc[r][b]);
+            __m256i bytes = _mm256_loadu_si256((const __m256i *)(codes + r * stride));
+            __m512i both = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), shifts);
+            both = _mm512_and_si512(both, lower);
+            const float *s = scale + r * scales + 2 * i;
+            __m512 at = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
+            for (int b = 0; b < B; b++) {
+                __m512i high = _mm512_loadu_si512(x[b].high + 64 * i);
+                __m512i low = _mm512_loadu_si512(x[b].low + 64 * i);
+                __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), both, high);
+                sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), both, low);
+                acc[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), at, acc[r][b]);
+            }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++)
-            finish(p, row + r, b0 + b,
-                   _mm512_reduce_add_ps(acc[r][b]) * ((const float *)p->weight.scale)[row + r]);
+        for (int b = 0; b < B; b++) {
+            f16 off = {0};
+            for (int64_t g = 0; g < scales; g += 16)
+                off += load_f32(x[b].sums + g) * load_f32(scale + r * scales + g);
+            float sum = _mm512_reduce_add_ps(acc[r][b]) * x[b].unit - 8.f * _mm512_reduce_add_ps((__m512)off);
+            finish(p, row + r, b0 + b, sum);
+        }
 }
 
 /* 64 numbers of R rows of 4 bits: products of pairs with values of the table, times their scales. */
 INLINE void four_step(const int R, const int B, const uint8_t *codes, int64_t stride, __m512i table,
-                      const float *scale, int64_t scales, int64_t high, __m512bh (*at)[2],
-                      __m512 (*acc)[MOST_PACKED]) {
+                      const float *scale, int64_t scales, __m512bh (*at)[2],
+                      __m512 (*acc)[2]) {
     for (int r = 0; r < R; r++) {
         __m512i places = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + r * stride)));
         __m512bh first = (__m512bh)_mm512_permutexvar_epi16(places, table);
         __m512bh second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(places, 4), table);
-        __m512 s0 = _mm512_set1_ps(scale[r * scales]), s1 = _mm512_set1_ps(scale[r * scales + high]);
+        __m512 s0 = _mm512_set1_ps(scale[r * scales]), s1 = _mm512_set1_ps(scale[r * scales + 1]);
         for (int b = 0; b < B; b++) {
             __m512 zero = _mm512_setzero_ps();
             acc[r][b] = _mm512_fmadd_ps(_mm512_dpbf16_ps(zero, first, at[b][0]), s0, acc[r][b]);
@@ -177,15 +297,18 @@ INLINE void four_step(const int R, const int B, const uint8_t *codes, int64_t st
     }
 }
 
-/* The same of 4 bits, with their scales as numbers in `scale` (R, scales). */
-INLINE void four(const int R, const int B, const Part *p, int64_t row, const bf16 *x, int64_t D,
-                 int64_t b0, const float *scale, int64_t scales, const char **ahead, const char *end) {
-    int64_t stride = row_bytes(&p->weight, D, 0), group = p->weight.group;
+/* The same of 4 bits and any table. */
+INLINE void by_table(const int R, const int B, const Part *p, int64_t row, const Inputs *in,
+                     int64_t b0, const float *scale, int64_t scales, const char **ahead,
+                     const char *end) {
+    int64_t D = in->D;
+    const bf16 *x = in->x + b0 * D;
+    int64_t stride = row_bytes(&p->weight, D, 0);
     const uint8_t *codes = (const uint8_t *)p->weight.data + row * stride;
     __m256i sixteen = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p->weight.table));
     __m512i table = _mm512_broadcast_i64x4(sixteen); /* twice: the fifth bit of a place is ignored */
-    __m512 acc[4][MOST_PACKED];
-    __m512bh at[MOST_PACKED][2];
+    __m512 acc[4][2];
+    __m512bh at[2][2];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
     int64_t k = 0, whole = D / 64 * 64;
@@ -194,8 +317,7 @@ INLINE void four(const int R, const int B, const Part *p, int64_t row, const bf1
             for (int h = 0; h < 2; h++)
                 at[b][h] = (__m512bh)_mm512_loadu_si512(x + b * D + k + 32 * h);
         if (k % 128 == 0) fetch_ahead(ahead, end, R);
-        int64_t g = k / group;
-        four_step(R, B, codes, stride, table, scale + g, scales, (k + 32) / group - g, at, acc);
+        four_step(R, B, codes, stride, table, scale + k / 32, scales, at, acc);
     }
     if (k < D) {
         uint64_t mask = (1ull << (D - k)) - 1;
@@ -203,8 +325,7 @@ INLINE void four(const int R, const int B, const Part *p, int64_t row, const bf1
             for (int h = 0; h < 2; h++)
                 at[b][h] = (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)(mask >> 32 * h),
                                                               x + b * D + k + 32 * h);
-        int64_t g = k / group, high = least((k + 32) / group, scales - 1) - g;
-        four_step(R, B, codes, stride, table, scale + g, scales, high, at, acc);
+        four_step(R, B, codes, stride, table, scale + k / 32, scales, at, acc);
     }
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++)
@@ -212,50 +333,75 @@ INLINE void four(const int R, const int B, const Part *p, int64_t row, const bf1
 }
 
 /* R rows of weights times all rows of x. */
-#define ROWS_OF(CALL, R)                \
-    {                                   \
-        int64_t m = 0;                  \
-        for (; m + 3 <= M; m += 3) CALL(R, 3); \
+#define ROWS_OF(CALL, R)                       \
+    {                                          \
+        int64_t m = 0;                         \
         for (; m + 2 <= M; m += 2) CALL(R, 2); \
-        for (; m < M; m++) CALL(R, 1);  \
+        for (; m < M; m++) CALL(R, 1);         \
     }
 
-static void eight_block(const Part *p, int64_t from, int64_t to, const bf16 *x, int64_t M, int64_t D,
-                        const char *ahead, const char *end) {
-#define CALL(R, B) eight(R, B, p, row, x + m * D, D, m, &ahead, end)
-    int64_t row = from;
+static void eight_block(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
+                        const char *end) {
+#define CALL(R, B) eight(R, B, p, row, x, m, &ahead, end)
+    int64_t row = from, M = x->M;
     for (; row + 4 <= to; row += 4) ROWS_OF(CALL, 4)
     for (; row < to; row++) ROWS_OF(CALL, 1)
 #undef CALL
 }
 
-static void four_block(const Part *p, int64_t from, int64_t to, const bf16 *x, int64_t M, int64_t D,
-                       const char *ahead, const char *end) {
-#define CALL(R, B) four(R, B, p, row, x + m * D, D, m, scale, scales, &ahead, end)
-    int64_t row = from, scales = (D + p->weight.group - 1) / p->weight.group;
+/* A row's scales, one for each 32 numbers. */
+static void widen_scales(const Weight *w, int64_t row, int64_t D, float *out) {
+    int64_t groups = (D + w->group - 1) / w->group, many = w->group / 32, all = wide_of(D) / 32;
+    if (many == 1 && w->scale_type == BFLOAT16) {
+        const bf16 *from = (const bf16 *)w->scale + row * groups;
+        for (int64_t g = 0; g < groups; g += 16) _mm512_storeu_ps(out + g, numbers_at(from, g, groups));
+        return;
+    }
+    for (int64_t g = 0, i = 0; g < groups; g++) {
+        float scale = scale_at(w, row * groups + g);
+        for (int64_t end = least(i + many, all); i < end; i++) out[i] = scale;
+    }
+}
+
+static void four_block(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
+                       const char *end) {
+#define WHOLE(R, B) four(R, B, p, row, x, m, scale, scales, &ahead, end)
+#define TABLE(R, B) by_table(R, B, p, row, x, m, scale, scales, &ahead, end)
+    int64_t row = from, M = x->M, scales = scales_of(x->D);
+    int whole = by_integers(&p->weight);
     float scale[4 * MOST_SCALES];
-    for (; row < to;) {
+    memset(scale, 0, 4 * scales * sizeof *scale);
+    while (row < to) {
         int64_t rows = to - row >= 4 ? 4 : 1;
-        for (int64_t i = 0; i < rows * scales; i++)
-            scale[i] = scale_at(&p->weight, row * scales + i);
-        if (rows == 4) ROWS_OF(CALL, 4)
-        else ROWS_OF(CALL, 1)
+        for (int64_t r = 0; r < rows; r++) widen_scales(&p->weight, row + r, x->D, scale + r * scales);
+        if (whole && rows == 4) ROWS_OF(WHOLE, 4)
+        else if (whole) ROWS_OF(WHOLE, 1)
+        else if (rows == 4) ROWS_OF(TABLE, 4)
+        else ROWS_OF(TABLE, 1)
         row += rows;
     }
-#undef CALL
+#undef WHOLE
+#undef TABLE
 }
-#endif
 
-int packed_rows(const Part *p, int64_t from, int64_t to, const bf16 *x, int64_t M, int64_t D,
-                const char *ahead, const char *end) {
-#if WIDE
-    if (M > MOST_PACKED) return 0;
-    if (p->weight.form == EIGHT) eight_block(p, from, to, x, M, D, ahead, end);
-    else if ((D + p->weight.group - 1) / p->weight.group > MOST_SCALES) return 0;
-    else four_block(p, from, to, x, M, D, ahead, end);
-    return 1;
-#else
-    (void)p, (void)from, (void)to, (void)x, (void)M, (void)D, (void)ahead, (void)end;
-    return 0;
-#endif
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
+                 const char *end) {
+    if (p->weight.form == EIGHT) eight_block(p, from, to, x, ahead, end);
+    else four_block(p, from, to, x, ahead, end);
 }
+#else
+int taken_packed(const Weight *w, int64_t M, int64_t D, int type) {
+    (void)w, (void)M, (void)D, (void)type;
+    return 0;
+}
+
+Inputs *inputs_of(const bf16 *x, int64_t M, int64_t D) {
+    (void)x, (void)M, (void)D;
+    return 0;
+}
+
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
+                 const char *end) {
+    (void)p, (void)from, (void)to, (void)x, (void)ahead, (void)end;
+}
+#endif

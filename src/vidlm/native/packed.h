@@ -9,7 +9,6 @@
 #include "jobs.h"
 
 enum { DENSE = 0, EIGHT = 1, FOUR = 2 };
-enum { MOST_PACKED = 3 }; /* rows of x; where there are more, unpacking is the lesser work */
 
 /* Bytes of a row of weights; `size` is that of a number where they are not packed. */
 INLINE int64_t row_bytes(const Weight *w, int64_t D, int64_t size) {
@@ -19,6 +18,13 @@ INLINE int64_t row_bytes(const Weight *w, int64_t D, int64_t size) {
 /* Rows [from, to) as numbers of `type`, (to - from, D). */
 void unpack_rows(const Weight *w, int64_t from, int64_t to, int64_t D, int type, char *out);
 
-/* Rows [from, to) times x (M, D) in bfloat16 without unpacking them, or 0 where that is not faster. */
-int packed_rows(const Part *p, int64_t from, int64_t to, const bf16 *x, int64_t M, int64_t D,
-                const char *ahead, const char *end);
+/* Whether products with M rows of x are taken from the codes: where it is less work than unpacking. */
+int taken_packed(const Weight *w, int64_t M, int64_t D, int type);
+
+/* x (M, D) in bfloat16, as products with codes take it. */
+typedef struct Inputs Inputs;
+Inputs *inputs_of(const bf16 *x, int64_t M, int64_t D); /* NULL where there is no memory; to be freed */
+
+/* Rows [from, to) times all rows of x. */
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
+                 const char *end);

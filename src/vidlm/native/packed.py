@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import local
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from vidlm.native.library import library
 
 DENSE, EIGHT, FOUR = range(3)  # as in packed.h
 BLOCK = 64  # numbers whose 4 bits lie together
+
+
+class _Room(local):
+    """Memory for one weight, kept for each thread: new memory of that size comes from the system
+    page by page, which takes several times as long as to write it."""
+
+    memory: Tensor | None = None
+
+    def of(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        size = shape[0] * shape[1]
+        if self.memory is None or self.memory.dtype != dtype or len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=dtype)
+        return self.memory[:size].view(shape)
+
+
+_ROOM = _Room()
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,13 @@ class PackedWeight:
         known = self.codes.element_size() == 1 and self.scale.dtype in TYPES
         return known and all(x.is_cpu and x.is_contiguous() for x in parts)
 
-    def numbers(self, dtype: torch.dtype) -> Tensor:
-        """(O, D): what the weights stand for, rounded once to `dtype`."""
+    def numbers(self, dtype: torch.dtype, passing: bool = False) -> Tensor:
+        """(O, D): what the weights stand for, rounded once to `dtype`. `passing`: the next that are
+        asked for in this thread may take the same memory."""
         lib = library() if self.readable() and dtype in TYPES else None
         if lib is None:
             return self._numbers(dtype)
-        out = torch.empty(self.shape, dtype=dtype)
+        out = _ROOM.of(self.shape, dtype) if passing else torch.empty(self.shape, dtype=dtype)
         job = pack(*self.fields, 0, out.data_ptr(), self.shape[0])
         lib.vidlm_unpack(job, self.width, TYPES[dtype], threads(out.nbytes))
         return out

@@ -100,5 +100,8 @@ def product(x: Tensor, weight: native.Weight, bias: Tensor | None) -> Tensor:
     """x (..., D), weight (O, D), bias (O) -> (..., O)."""
     if x.ndim == 2 and x.shape[0] <= native.MOST_ROWS:
         return native.linear(x, weight, bias)
-    numbers = weight if isinstance(weight, Tensor) else weight.numbers(x.dtype)
+    if isinstance(weight, Tensor):
+        numbers = weight
+    else:  # a backward pass would find others in the same memory
+        numbers = weight.numbers(x.dtype, passing=not torch.is_grad_enabled())
     return nn.functional.linear(x, numbers) if bias is None else native.affine(x, numbers, bias)
