@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ class Peer:
     sees: bool
     python: str | None = None
     folder: Path = field(default_factory=Path)
+    kind: str | None = None  # of fewer bits, which it has a way of its own to make
+
+    def quantized(self, kind: str) -> Peer:
+        """The same of a checkpoint that it has translated, in fewer bits."""
+        self._call("quantize", "", kind)
+        return replace(self, kind=kind)
 
     def prepare(self, folder: Path) -> None:
         """Translate a checkpoint."""
@@ -62,6 +68,10 @@ class Peer:
         seen = self._ask(prompt, tokens, video, dtype, {})
         return {name: value for name, value in seen.items() if name not in ("ids", "version")}
 
+    def answer(self, prompt: Inputs, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds of a text prompt, and tokens a second after it."""
+        return self._ask(prompt, tokens, {}, dtype, {})
+
     def _ask(
         self, prompt: Inputs, tokens: int, video: Inputs, dtype: torch.dtype, files: dict[str, str]
     ) -> dict[str, Any]:
@@ -72,6 +82,7 @@ class Peer:
             "precision": PRECISION[dtype],
             "logits": files.get("logits"),
             "features": files.get("media"),
+            "kind": self.kind,
         }
         if self.sees and "pixel_values" in video:
             asked["pixels"] = str(self.folder / "pixels.npy")
@@ -79,9 +90,10 @@ class Peer:
         seen: dict[str, Any] = json.loads(self._call("run", json.dumps(asked)).splitlines()[-1])
         return seen
 
-    def _call(self, task: str, request: str) -> str:
+    def _call(self, task: str, request: str, *words: str) -> str:
         assert self.python is not None
-        command = [self.python, str(SCRIPTS / f"with_{self.name}.py"), task, str(self.folder)]
+        script = str(SCRIPTS / f"with_{self.name}.py")
+        command = [self.python, script, task, str(self.folder), *words]
         done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
         if done.returncode:
             raise PeerFailed(f"{task} ended with {done.returncode}: {done.stderr[-1000:]}")

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vidlm import BitsAndBytesConfig
 from vidlm.api import load
 from vidlm.cli.machine import machine
 from vidlm.demo.evaluate import evaluate
@@ -50,7 +49,7 @@ from vidlm.engine.kv import PagedKV, Table
 from vidlm.engine.options import BLOCK
 from vidlm.models.base import Prompt, VideoModel, finished
 from vidlm.nn.step import packed
-from vidlm.quant import quantize
+from vidlm.quant import PRESETS, BitsAndBytesConfig, Packer, preset, quantize
 from vidlm.types import SamplingParams
 
 sys.path.pop(0)  # this folder, whose kernels.py bitsandbytes would take for a package of that name
@@ -86,9 +85,15 @@ def in_float32(model: nn.Module) -> None:
     model.float()
 
 
-# What each makes of a bfloat16 model, in place. A scheme of our own is one more line.
+def kept_in(name: str) -> Scheme:
+    """As `--quantize` does it: the head in 8 bits, embeddings as they are."""
+    return lambda model: Packer(model, preset(name), getattr(model, "unquantized", ())).finish()
+
+
+# What each makes of a bfloat16 model, in place.
 SCHEMES: dict[str, Scheme] = {
     "float32": in_float32,
+    **{name: kept_in(name) for name in PRESETS},
     "bitsandbytes int8": bitsandbytes(load_in_8bit=True),
     "bitsandbytes nf4": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes fp4": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4"),

@@ -3,7 +3,9 @@
 Runs in any Python that has llama-cpp-python, gguf and numpy; latency.py calls it. `prepare FOLDER`
 writes the decoder as FOLDER/llamacpp.gguf, weights unchanged; `run FOLDER` reads a request from
 stdin (ids, tokens, threads, precision, where to save the first token's logits) and prints one JSON
-line.
+line. `quantize FOLDER KIND` writes what was prepared in q8_0 or q4_0 beside it, `"kind"` in a
+request runs that, without llama.cpp's buffers for special layouts: with those it ended with a
+segmentation fault on a machine with AMX (llama-cpp-python 0.3.36).
 Settings: flash attention on, batches of 2,048 tokens in parts of 512, keys and values in float16,
 its default; for a float32 checkpoint float32 throughout. Build it for the machine:
 CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python gguf
@@ -75,16 +77,34 @@ def prepare(folder: Path) -> None:
     writer.close()
 
 
+def quantized(folder: Path, kind: str | None) -> Path:
+    return folder / (FILE if kind is None else f"llamacpp-{kind}.gguf")
+
+
+def quantize(folder: Path, kind: str) -> None:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    files = (str(quantized(folder, k)).encode() for k in (None, kind))
+    failed = llama_cpp.llama_model_quantize(*files, params)
+    assert not failed, f"llama.cpp could not write {kind}"
+
+
 def run(folder: Path) -> None:
     import llama_cpp
 
     asked = json.load(sys.stdin)
     ids, tokens, threads = asked["ids"], asked["tokens"], asked["threads"]
+    if asked.get("kind"):
+        plain = llama_cpp.llama_model_default_params()
+        plain.use_extra_bufts = False
+        llama_cpp.llama_cpp.llama_model_default_params = lambda: plain  # which Llama asks
     room = -(-(len(ids) + tokens) // 256) * 256
     single = asked["precision"] == "f32"
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
     model = llama_cpp.Llama(
-        str(folder / FILE),
+        str(quantized(folder, asked.get("kind"))),
         n_ctx=room,
         n_batch=2048,
         n_ubatch=512,
@@ -120,4 +140,5 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"prepare": prepare, "run": run}[sys.argv[1]](Path(sys.argv[2]))
+    tasks = {"prepare": prepare, "quantize": quantize, "run": run}
+    tasks[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

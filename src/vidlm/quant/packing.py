@@ -11,7 +11,7 @@ from torch import Tensor
 from vidlm.nn.packed import PackedLinear, Packing
 
 BLOCK = 64  # numbers whose codes of 4 bits lie together; see native/packed.h
-PIECE = 1 << 22  # numbers worked on at a time
+PIECE = 1 << 20  # numbers worked on at a time, some ten bytes each
 
 # The quantiles of a normal distribution that NormalFloat takes (Dettmers et al., QLoRA, arXiv
 # 2305.14314, appendix E), and the values of a 4-bit float with 2 bits of exponent over its largest.
@@ -53,7 +53,7 @@ def pack(weight: Tensor, packing: Packing) -> PackedLinear:
     scale = torch.empty(scale_shape, dtype=packing.scales, device=weight.device)
     for start in range(0, O, rows):
         part = slice(start, start + rows)
-        given = weight[part].detach().float()
+        given = weight[part].detach().to(torch.float32, copy=True)
         made = _eight(given) if packing.table is None else _four(given, packing)
         codes[part], scale[part] = made
     return PackedLinear(packing, codes, scale, D)
@@ -61,7 +61,7 @@ def pack(weight: Tensor, packing: Packing) -> PackedLinear:
 
 def _eight(w: Tensor) -> tuple[Tensor, Tensor]:
     scale = w.abs().amax(1) / 127
-    return (w / _never_zero(scale)[:, None]).round_().to(torch.int8), scale
+    return w.div_(_never_zero(scale)[:, None]).round_().to(torch.int8), scale
 
 
 def _four(w: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,9 @@ def _four(w: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     # further down than up, as that of int4 does.
     scale = most / table[0] if -table[0] > table[-1] else most.abs() / table[-1]
     scale = scale.to(packing.scales)
-    near = groups / _never_zero(scale.float())[:, :, None]
+    groups /= _never_zero(scale.float())[:, :, None]
     between = (table[1:] + table[:-1]) / 2
-    places = torch.bucketize(near, between).view(rows, -1)[:, :D].to(torch.uint8)
+    places = torch.bucketize(groups, between, out_int32=True).view(rows, -1)[:, :D].to(torch.uint8)
     blocks = torch.nn.functional.pad(places, (0, -D % BLOCK)).view(rows, -1, 2, BLOCK // 2)
     return (blocks[:, :, 0] | blocks[:, :, 1] << 4).view(rows, -1), scale
 
