@@ -16,12 +16,14 @@ class Paged:
     """Sequences with room for so many tokens each, whose blocks lie behind each other, or with a
     seed anywhere."""
 
-    def __init__(self, rooms: list[int], block: int = 4, seed: int | None = None) -> None:
+    def __init__(
+        self, rooms: list[int], block: int = 4, seed: int | None = None, coded: bool = False
+    ) -> None:
         counts = [-(-room // block) for room in rooms]
         blocks = list(range(sum(counts)))
         if seed is not None:
             random.Random(seed).shuffle(blocks)
-        self.kv = PagedKV(len(blocks), block)
+        self.kv = PagedKV(len(blocks), block, coded=coded)
         self.tables = [[blocks.pop(0) for _ in range(count)] for count in counts]
         self.lengths = [0 for _ in rooms]
 

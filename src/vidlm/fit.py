@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vidlm.engine.kv import bytes_per_token
+from vidlm.engine.kv import bytes_per_token, kv_dtype
 from vidlm.errors import ContextOverflow, InvalidArgument
 
 MOST = 1 << 17  # frames that anything is reckoned for: 36 hours at one a second
@@ -39,6 +39,18 @@ class Need:
     def fits(self, memory: int) -> bool:
         """Into so many free bytes."""
         return self.bytes <= memory and self.kv_bytes <= memory // KV_PART
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Of weights, and of keys and values as EngineOptions.kv_dtype names it."""
+
+    weights: torch.dtype
+    kv: str | None = None
+
+    @classmethod
+    def of(cls, dtype: torch.dtype | Dtypes) -> Dtypes:
+        return dtype if isinstance(dtype, Dtypes) else cls(dtype)
 
 
 def video_tokens(config: Any, frames: int) -> int:
@@ -72,25 +84,31 @@ class Several:
 
 
 def need(
-    config: Any, dtype: torch.dtype, frames: int, other_tokens: int, tokens: int | None = None
+    config: Any,
+    dtype: torch.dtype | Dtypes,
+    frames: int,
+    other_tokens: int,
+    tokens: int | None = None,
 ) -> Need:
     """`other_tokens` are those of the rest of the prompt and of the answer; `tokens` the video's
     own, where they are known better than by config.json."""
     text = config.text_config
     sizes = (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
     own = video_tokens(config, frames) if tokens is None else tokens
+    kinds = Dtypes.of(dtype)
+    itemsize = kinds.weights.itemsize
     return Need(
         frames,
         own,
-        bytes_per_token(*sizes, dtype) * (own + other_tokens),
-        frames * PICTURE + config.held_bytes(frames, dtype.itemsize),
-        config.tower_bytes(dtype.itemsize) if frames else 0,
+        bytes_per_token(*sizes, kv_dtype(kinds.kv, kinds.weights)) * (own + other_tokens),
+        frames * PICTURE + config.held_bytes(frames, itemsize),
+        config.tower_bytes(itemsize) if frames else 0,
     )
 
 
 def fit_frames(
     model_config: Any,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Dtypes,
     prompt_tokens: int,
     max_new_tokens: int,
     asked_frames: int | None,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from vidlm.engine.memory import free_bytes
+from vidlm.engine.options import EngineOptions
 from vidlm.errors import InvalidArgument
-from vidlm.fit import Several, fit_frames, largest, need, size, video_tokens
+from vidlm.fit import Dtypes, Several, fit_frames, largest, need, size, video_tokens
 from vidlm.hf.loading import read_load_options
 from vidlm.hf.placement import read_device_map
 from vidlm.hub import TensorEntry, read_config, read_safetensors_header, weight_files
@@ -234,12 +235,14 @@ def plan(
     max_tokens: int = ANSWER_TOKENS,
     dtype: str | None = None,
     memory: int | None = None,
+    kv_dtype: str | None = None,
 ) -> Plan:
     """The plan for a checkpoint's folder; allocates nothing.
 
     frames  None: as many as the family takes of a video unless told, of a long one
     dtype   None: as `vidlm.load` chooses, what the checkpoint says or is stored in
     memory  free bytes; None: how many frames fit into memory is not said
+    kv_dtype    of keys and values, as `EngineOptions` takes it
     Raises ModelError where the folder is no checkpoint that vidlm has a family for.
     """
     if (frames is not None and frames < 0) or max_tokens < 1:
@@ -247,11 +250,11 @@ def plan(
             f"frames={frames}, max_tokens={max_tokens}; give frames from 0 and max_tokens from 1"
         )
     found = _Checkpoint(folder, dtype)
-    config = found.config
+    config, kinds = found.config, Dtypes(found.dtype, EngineOptions(kv_dtype=kv_dtype).kv_dtype)
     if frames is None:
         frames = found.sampling.get("num_frames") or found.sampling["max_frames"]
     other = PROMPT_TOKENS + max_tokens
-    wanted = need(config, found.dtype, frames, other)
+    wanted = need(config, kinds, frames, other)
     left = None if memory is None else memory - found.weight_bytes
     text, vision = _shapes(config)
     return Plan(
@@ -263,7 +266,7 @@ def plan(
         stored_bytes=sum(entry.stop - entry.start for entry in found.entries.values()),
         dtype=_name(found.dtype),
         weight_bytes=found.weight_bytes,
-        kv_bytes_per_token=need(config, found.dtype, 0, 1).kv_bytes,
+        kv_bytes_per_token=need(config, kinds, 0, 1).kv_bytes,
         context=config.max_context,
         frames=frames,
         frame_tokens=config.video_tokens(frames),
@@ -275,7 +278,7 @@ def plan(
         free_bytes=memory,
         most_frames_in_memory=None
         if left is None
-        else largest(lambda n: need(config, found.dtype, n, other).fits(left)),
+        else largest(lambda n: need(config, kinds, n, other).fits(left)),
     )
 
 

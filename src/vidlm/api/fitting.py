@@ -10,7 +10,7 @@ from vidlm.api.handle import VideoHandle, is_still
 from vidlm.api.keywords import sampling_params
 from vidlm.engine.memory import free_bytes
 from vidlm.errors import InvalidArgument
-from vidlm.fit import Several, fit_frames
+from vidlm.fit import Dtypes, Several, fit_frames
 from vidlm.hf import FrameOptions
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def fitted(
     named = frames.indices or frames.times
     most = fit_frames(
         config,
-        lm.model.dtype,
+        Dtypes(lm.model.dtype, lm.engine.options.kv_dtype),
         prompt,
         sampling_params(lm.model, sampling, prompt).max_new_tokens,
         frames.num_frames if named is None else len(named),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
 from vidlm.api.keywords import plain
@@ -20,6 +19,7 @@ from vidlm.errors import InvalidArgument
 from vidlm.hf import FrameOptions
 from vidlm.media import is_image
 from vidlm.models.base import Encoded, Media, Prompt
+from vidlm.native import Cache
 from vidlm.types import FrameRef, SamplingParams
 
 if TYPE_CHECKING:
@@ -181,9 +181,7 @@ def _part(source: Any) -> dict[str, Any]:
     return {"type": "image", "image": source}
 
 
-def _check_whole(
-    path: Path, lm: LM, prompt: Prompt, layers: Sequence[tuple[Tensor, Tensor]]
-) -> None:
+def _check_whole(path: Path, lm: LM, prompt: Prompt, layers: Sequence[tuple[Cache, Cache]]) -> None:
     """Whether what a file says fits together, and the model that it names."""
     try:
         PromptInputs(lm.model, prompt, None)

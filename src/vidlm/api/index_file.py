@@ -16,6 +16,7 @@ from torch import Tensor
 from vidlm.errors import InvalidArgument, MediaNotFound
 from vidlm.models.base import Encoded, Media
 from vidlm.models.media_state import media_from_state, media_to_state
+from vidlm.native import Cache, Coded, tensors_of
 from vidlm.types import FrameRef
 
 SUFFIX = ".safetensors"
@@ -31,6 +32,7 @@ class Identity:
     config: str  # a digest of it: what is not in the weights, rope's base for one
     weights: str  # their fingerprint
     exact: bool  # whether its engine is exact, which needs what an exact one made
+    kv_dtype: str | None = None  # of keys and values, as EngineOptions has it
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def write_index(
     index: Index,
     media: Sequence[Media],
     encoded: Sequence[Encoded],
-    layers: Sequence[tuple[Tensor, Tensor]],
+    layers: Sequence[tuple[Cache, Cache]],
 ) -> None:
     """Write it whole or not at all. Raises OSError."""
     tensors: dict[str, Tensor] = {}
@@ -72,7 +74,8 @@ def write_index(
         states.append(values)
         tensors.update({f"media.{i}.{name}": tensor for name, tensor in own.items()})
     for i, pair in enumerate(layers):
-        tensors[f"kv.{i}.keys"], tensors[f"kv.{i}.values"] = pair
+        for cache, names in zip(pair, _names(i), strict=True):
+            tensors.update(zip(names, tensors_of(cache), strict=False))
     told = {**asdict(index), "media": states, "layers": len(layers)}
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     partial = path.with_name(path.name + ".partial")
@@ -88,7 +91,7 @@ def write_index(
 
 def read_index(
     path: Path, identity: Identity, frames: Mapping[str, Any]
-) -> tuple[Index, tuple[Media, ...], list[tuple[Tensor, Tensor]]]:
+) -> tuple[Index, tuple[Media, ...], list[tuple[Cache, Cache]]]:
     """The index, its media with their features, and keys and values of every layer, if it has them.
 
     Raises InvalidArgument, naming what differs, where it was not made by the model of `identity`,
@@ -101,11 +104,11 @@ def read_index(
             told = _told(path, file.metadata() or {})
             index = _index(told)
             _check(path, index, identity, frames)
+            _check_kv_dtype(path, index, identity, told["layers"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         media = [_media(i, state, tensors) for i, state in enumerate(told["media"])]
-        layers = [
-            (tensors[f"kv.{i}.keys"], tensors[f"kv.{i}.values"]) for i in range(told["layers"])
-        ]
+        coded = index.identity.kv_dtype is not None
+        layers = [_pair(i, tensors, coded) for i in range(told["layers"])]
     except InvalidArgument:
         raise
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -157,6 +160,31 @@ def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, An
             f"{path} was saved with the frames {index.sampling or 'of the default rule'}, asked "
             f"for now are {dict(frames)}; leave them out, or save the video again"
         )
+
+
+def _check_kv_dtype(path: Path, index: Index, identity: Identity, layers: int) -> None:
+    theirs, mine = index.identity.kv_dtype, identity.kv_dtype
+    if layers and theirs != mine:
+        raise InvalidArgument(
+            f"{path} was saved by an engine whose kv_dtype is {theirs!r}, this one's is {mine!r}; "
+            f"load the model with EngineOptions(kv_dtype={theirs!r}), or save the video again"
+        )
+
+
+def _names(layer: int) -> list[tuple[str, str]]:
+    """Of a layer's keys and values: each one's own, and that of their scales, if they are coded."""
+    return [(f"kv.{layer}.{kind}", f"kv.{layer}.{kind}.scales") for kind in ("keys", "values")]
+
+
+def _pair(layer: int, tensors: Mapping[str, Tensor], coded: bool) -> tuple[Cache, Cache]:
+    found: list[Cache] = [
+        Coded(tensors[name], tensors[scales]) if coded else tensors[name]
+        for name, scales in _names(layer)
+    ]
+    if not all(cache.sound for cache in found if isinstance(cache, Coded)):
+        raise ValueError(f"layer {layer} has keys or values that do not fit their scales")
+    keys, values = found
+    return keys, values
 
 
 def _media(number: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Media:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from threading import Condition
 
 import torch
-from torch import Tensor
 
 from vidlm.engine.answers import Group, budget_of
 from vidlm.engine.inputs import PromptInputs
@@ -25,6 +24,7 @@ from vidlm.engine.store import Store, weights_stamp
 from vidlm.engine.timing import Timings
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Encoded, Media, Prompt, VideoModel
+from vidlm.native import Cache
 from vidlm.text import Tokenizer
 
 Event = Token | Failure
@@ -212,15 +212,15 @@ class Engine:
                     made: list[Encoded] = end.value
                     return made
 
-    def stored(self, prompt: Prompt) -> list[tuple[Tensor, Tensor]]:
+    def stored(self, prompt: Prompt) -> list[tuple[Cache, Cache]]:
         """Copies of the keys and values (K, S, E) that are kept of a prompt's beginning, of every
         layer; none where nothing is."""
         with self._turns.turn(), torch.inference_mode():
             return self._store.read(self._keys(prompt))
 
-    def store(self, prompt: Prompt, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    def store(self, prompt: Prompt, layers: Sequence[tuple[Cache, Cache]]) -> bool:
         """Keep what `stored` gave, to be found by prompts with this beginning. False where there is
-        no room for it now."""
+        no room for it now. Raises InvalidArgument where it was stored as another dtype."""
         with self._turns.turn(), torch.inference_mode():
             self._check_weights()
             self._runner.copy()  # it may wait to be made from a block that is free now

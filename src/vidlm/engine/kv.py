@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vidlm.native import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.nn.step import Pages
 
 CPU = torch.device("cpu")
@@ -42,25 +43,31 @@ class PagedKV:
 
     Heads come before slots, so that tokens whose blocks follow each other are read in one run. On a
     CPU the buffers are address space alone until tokens are written; they are made when the first
-    token arrives, whose shape and dtype they take. Which block is whose, `blocks.BlockPool` knows.
+    token arrives, whose shape and dtype they take. Where `coded`, they hold eight bits a number,
+    whatever the dtype. Which block is whose, `blocks.BlockPool` knows.
     """
 
-    def __init__(self, blocks: int, block: int, device: torch.device = CPU) -> None:
-        self.blocks, self.block, self.device = blocks, block, device
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    def __init__(
+        self, blocks: int, block: int, device: torch.device = CPU, coded: bool = False
+    ) -> None:
+        self.blocks, self.block, self.device, self.coded = blocks, block, device, coded
+        self._layers: list[tuple[Cache, Cache]] = []
 
     @property
-    def layers(self) -> Sequence[tuple[Tensor, Tensor]]:
+    def layers(self) -> Sequence[tuple[Cache, Cache]]:
         """Keys and values (K, N, E) of each layer; none before the first token."""
         return self._layers
 
-    def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Cache, Cache]:
         """The buffers of a layer that is about to store k and v (T, K, E)."""
         if index == len(self._layers):  # the first step meets the layers in order
-            _, K, E = k.shape
-            shape = (K, self.blocks * self.block, E)
-            self._layers.append((k.new_empty(shape), v.new_empty(shape)))
+            self._layers.append((self._empty(k), self._empty(v)))
         return self._layers[index]
+
+    def _empty(self, x: Tensor) -> Cache:
+        _, K, E = x.shape
+        shape = (K, self.blocks * self.block, E)
+        return Coded.empty(shape, x.device) if self.coded else x.new_empty(shape)
 
     def pages(
         self, tables: Sequence[Sequence[int]], stops: Sequence[int], lengths: Sequence[int]
@@ -116,22 +123,24 @@ class PagedKV:
         size = self.block
         for old, new in pairs:
             for layer in self._layers:
-                for buffer in layer:
+                for buffer in (x for cache in layer for x in tensors_of(cache)):
                     source = buffer[:, old * size : (old + 1) * size]
                     buffer[:, new * size : (new + 1) * size] = source
 
-    def read(self, table: Sequence[int], tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the first `tokens` keys and values (K, S, E) of a sequence, of every layer."""
+    def read(self, table: Sequence[int], tokens: int) -> list[tuple[Cache, Cache]]:
+        """Copies of the first `tokens` keys and values (K, S, E) of a sequence, of every layer, as
+        they are stored."""
         span = _slots(self._span(table, 0, tokens))
-        return [(k[:, span.to(k.device)], v[:, span.to(v.device)]) for k, v in self._layers]
+        return [(_picked(k, span), _picked(v, span)) for k, v in self._layers]
 
-    def write(self, table: Sequence[int], stored: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def write(self, table: Sequence[int], stored: Sequence[tuple[Cache, Cache]]) -> None:
         """Put what `read` gave into these blocks."""
-        for index, (k, v) in enumerate(stored):
-            keys, values = self.layer(index, k.transpose(0, 1), v.transpose(0, 1))
-            span = _slots(self._span(table, 0, k.shape[1])).to(keys.device)
-            keys[:, span] = k.to(keys)
-            values[:, span] = v.to(values)
+        for index, pair in enumerate(stored):
+            k, v = (tensors_of(x)[0].transpose(0, 1) for x in pair)
+            span = _slots(self._span(table, 0, len(k)))
+            for buffers, found in zip(self.layer(index, k, v), pair, strict=True):
+                for buffer, x in zip(tensors_of(buffers), tensors_of(found), strict=True):
+                    buffer[:, span.to(buffer.device)] = x.to(buffer)
 
     def _span(self, table: Sequence[int], start: int, stop: int) -> slice | Tensor:
         """Slots of a sequence's tokens [start, stop)."""
@@ -149,6 +158,17 @@ def _slots(span: slice | Tensor) -> Tensor:
     return torch.arange(span.start, span.stop) if isinstance(span, slice) else span
 
 
+def _picked(cache: Cache, slots: Tensor) -> Cache:
+    found = [x[:, slots.to(x.device)] for x in tensors_of(cache)]
+    return Coded(*found) if isinstance(cache, Coded) else found[0]
+
+
 def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Memory one cached token takes."""
-    return 2 * layers * kv_heads * head_dim * dtype.itemsize
+    """Memory one cached token takes. Of int8, each head's keys and values have a scale besides."""
+    scale = SCALE_BYTES if dtype == torch.int8 else 0
+    return 2 * layers * kv_heads * (head_dim * dtype.itemsize + scale)
+
+
+def kv_dtype(named: str | None, dtype: torch.dtype) -> torch.dtype:
+    """What EngineOptions.kv_dtype means for a model of `dtype`."""
+    return dtype if named is None else torch.int8

@@ -63,7 +63,7 @@ def _bounded(
     model: VideoModel, requests: Sequence[Request], options: EngineOptions
 ) -> EngineOptions:
     """The options with room for these requests and no more."""
-    size = block_bytes(model)
+    size = block_bytes(model, options.kv_dtype)
     needed = [_blocks(model, request) * size for request in requests]
     if not needed:
         return options

@@ -9,6 +9,7 @@ from vidlm.engine.sequence import SchedulerStats
 from vidlm.errors import InvalidArgument
 
 BLOCK = 16  # tokens whose keys and values lie, and are shared, together
+KV_DTYPES = (None, "int8")
 EXACT_GRID = 512  # tokens prefilled at a time in exact mode
 
 
@@ -27,6 +28,8 @@ class EngineOptions:
     exact          every token is computed in the same shapes whoever else is served and whatever
                    was cached, so that in bfloat16, too, an answer is the same alone and in company;
                    media are encoded and answers decoded one after the other
+    kv_dtype       what keys and values are stored as: "int8", which takes half of bfloat16's room
+                   and changes answers a little; None: the model's dtype
     """
 
     kv_bytes: int | None = None
@@ -36,12 +39,17 @@ class EngineOptions:
     idle_chunk: int = 2048
     share: bool = True
     exact: bool = False
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "max_sequences", "chunk", "idle_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name}={value}; allowed: at least 1")
+        if self.kv_dtype not in KV_DTYPES:
+            raise InvalidArgument(
+                f"kv_dtype={self.kv_dtype!r}; allowed: 'int8', or None for the model's dtype"
+            )
         if self.feature_bytes < 0:
             raise InvalidArgument(f"feature_bytes={self.feature_bytes}; allowed: 0 (none) or more")
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from vidlm.engine.blocks import BlockPool, block_keys
 from vidlm.engine.features import FeatureCache
 from vidlm.engine.inputs import PromptInputs
-from vidlm.engine.kv import PagedKV, bytes_per_token
+from vidlm.engine.kv import PagedKV, bytes_per_token, kv_dtype
 from vidlm.engine.memory import free_for_layers
 from vidlm.engine.options import BLOCK, EngineOptions
+from vidlm.errors import InvalidArgument
 from vidlm.models.base import VideoModel
+from vidlm.native import Cache, Coded, tensors_of
 
 
 class Store:
@@ -24,12 +25,12 @@ class Store:
         budget = options.kv_bytes
         if budget is None:
             budget = free_for_layers(model.layer_devices) // 2
-        self.block_bytes = block_bytes(model)
+        self.block_bytes = block_bytes(model, options.kv_dtype)
         longest = blocks_for(model.config.max_context) + 1
         most = longest * options.max_sequences  # more could not be used but for what is kept
         count = max(min(budget // self.block_bytes, most), 1)
         self.pool = BlockPool(count, BLOCK)
-        self.kv = PagedKV(count, BLOCK, model.device)
+        self.kv = PagedKV(count, BLOCK, model.device, coded=options.kv_dtype is not None)
         self.features = FeatureCache(options.feature_bytes if options.share else 0)
 
     def keys(self, inputs: PromptInputs) -> list[bytes]:
@@ -50,7 +51,7 @@ class Store:
         last = max((stop for _, stop, _ in inputs.spans), default=0)
         return last <= self.pool.peek(keys) * BLOCK
 
-    def read(self, keys: Sequence[bytes]) -> list[tuple[Tensor, Tensor]]:
+    def read(self, keys: Sequence[bytes]) -> list[tuple[Cache, Cache]]:
         """Copies of the keys and values (K, S, E) kept under the longest known beginning of `keys`,
         of every layer; none where nothing is."""
         blocks = self.pool.match(keys, again=True)
@@ -59,8 +60,12 @@ class Store:
         finally:
             self.pool.release(blocks)
 
-    def write(self, keys: Sequence[bytes], layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Keep what `read` gave under the same keys. False where there is no room for it now."""
+    def write(self, keys: Sequence[bytes], layers: Sequence[tuple[Cache, Cache]]) -> bool:
+        """Keep what `read` gave under the same keys. False where there is no room for it now.
+
+        Raises InvalidArgument where it was stored as another dtype.
+        """
+        self._check_dtype(layers)
         count = min(layers[0][0].shape[1] // BLOCK, len(keys))
         if self.pool.peek(keys[:count]) == count:
             return True
@@ -69,7 +74,7 @@ class Store:
         blocks = self.pool.allocate(count)
         stop, devices, dtype = count * BLOCK, self._model.layer_devices, self._model.dtype
         here = [
-            (k[:, :stop].to(device, dtype), v[:, :stop].to(device, dtype))
+            (_first(k, stop, device, dtype), _first(v, stop, device, dtype))
             for device, (k, v) in zip(devices, layers, strict=True)
         ]
         self.kv.write(blocks, here)
@@ -78,16 +83,31 @@ class Store:
         self.pool.release(blocks)
         return True
 
+    def _check_dtype(self, layers: Sequence[tuple[Cache, Cache]]) -> None:
+        if any(isinstance(x, Coded) != self.kv.coded for pair in layers for x in pair):
+            mine = "int8" if self.kv.coded else None
+            raise InvalidArgument(
+                f"keys and values of another kv_dtype than this engine's, which is {mine!r}; give "
+                "both engines the same EngineOptions(kv_dtype=...)"
+            )
+
+
+def _first(cache: Cache, count: int, device: torch.device, dtype: torch.dtype) -> Cache:
+    """The first so many tokens, on this device and, where they are not coded, of this dtype."""
+    if isinstance(cache, Coded):
+        return Coded(*(x[:, :count].to(device) for x in tensors_of(cache)))
+    return cache[:, :count].to(device, dtype)
+
 
 def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def block_bytes(model: VideoModel) -> int:
-    """Memory of one block, in all layers."""
+def block_bytes(model: VideoModel, kv: str | None = None) -> int:
+    """Memory of one block, in all layers; `kv` as EngineOptions.kv_dtype."""
     sizes = model.decoder.config
     shape = (sizes.num_hidden_layers, sizes.num_key_value_heads, sizes.head_dim)
-    return BLOCK * bytes_per_token(*shape, model.dtype)
+    return BLOCK * bytes_per_token(*shape, kv_dtype(kv, model.dtype))
 
 
 def weights_stamp(model: torch.nn.Module) -> object:

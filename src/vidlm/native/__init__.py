@@ -4,9 +4,10 @@
 with the legend of vidlm.nn.
 """
 
+from vidlm.native.coded import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
-from vidlm.native.ops import decode_attention, rotate, rotate_store, store
+from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
 from vidlm.native.products import MOST_ROWS, Weight, affine, linear, linears
 from vidlm.native.rows import add_rms_norm, gelu_tanh, quick_gelu, rms_norm, silu_mul
@@ -14,6 +15,9 @@ from vidlm.native.stack import Places, StackLayer, StackShape, stack, takes_rows
 
 __all__ = [
     "MOST_ROWS",
+    "SCALE_BYTES",
+    "Cache",
+    "Coded",
     "PackedWeight",
     "Places",
     "StackLayer",
@@ -29,6 +33,7 @@ __all__ = [
     "library",
     "linear",
     "linears",
+    "numbers",
     "quick_gelu",
     "rms_norm",
     "rotate",
@@ -38,4 +43,5 @@ __all__ = [
     "status",
     "store",
     "takes_rows",
+    "tensors_of",
 ]

@@ -161,6 +161,107 @@ static void weigh_bf16(int64_t heads, const float (*p)[SPAN], const bf16 *const 
     }
 }
 
+/* ---- eight bits: integers, times a number of each row ------------------------------------------ */
+
+typedef int8_t b16 __attribute__((vector_size(16)));
+typedef int16_t w16 __attribute__((vector_size(32)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef struct { f16 a, b, c, d; } Four;
+
+/* n <= 16 codes as float32, zeros behind them. */
+INLINE f16 load_codes(const int8_t *p, int64_t n) {
+    b16 x = {0};
+    if (n == 16) memcpy(&x, p, 16);
+    else memcpy(&x, p, n);
+#if defined(__AVX512F__)
+    return (f16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#else
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(x, w16), i16), f16);
+#endif
+}
+
+/* Scores of HT query heads, rows of C * 16 codes or less: as scores_tile. */
+INLINE void code_scores(const int HT, const int C, const float (*q)[WIDEST], const int8_t *const *row,
+                        const int8_t *const *ahead, int64_t n, int64_t E, float (*out)[SPAN]) {
+    const int64_t rest = E - 16 * (C - 1);
+    f16 whole[4][WIDEST / 16], x[4][16];
+    for (int h = 0; h < HT; h++)
+        for (int c = 0; c < C; c++) whole[h][c] = load_f32(q[h] + 16 * c);
+    for (int64_t t = 0; t < n; t += 16) {
+        for (int i = 0; i < 16; i++) {
+            const int8_t *k = row[least(t + i, n - 1)];
+            if (ahead)
+                for (int c = 0; c < C; c += 4) {
+                    __builtin_prefetch(ahead[least(t + i, n - 1)] + 16 * c, 0, 2);
+                    __builtin_prefetch(row[least(t + i + 16, n - 1)] + 16 * c, 0, 3);
+                }
+            f16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) {
+                f16 one = load_codes(k + 16 * c, c == C - 1 ? rest : 16);
+#define DO(h) s##h += whole[h][c] * one;
+                UP_TO_4(DO)
+#undef DO
+            }
+#define DO(h) x[h][i] = s##h;
+            UP_TO_4(DO)
+#undef DO
+        }
+        for (int h = 0; h < HT; h++) {
+            f16 found = sums(x[h]);
+            memcpy(out[h] + t, &found, sizeof found);
+        }
+    }
+}
+
+/* Weighted values of HT heads: 64 numbers of each row, beginning at `from`. */
+INLINE void weigh_codes(const int HT, const float (*p)[SPAN], const int8_t *const *row, int64_t n,
+                        int64_t from, float *out, int64_t stride) {
+    Four s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    for (int64_t t = 0; t < n; t++) {
+        const int8_t *v = row[t] + from;
+        f16 a = load_codes(v, 16), b = load_codes(v + 16, 16);
+        f16 c = load_codes(v + 32, 16), d = load_codes(v + 48, 16);
+#define DO(h) { float w = p[h][t]; s##h.a += w * a; s##h.b += w * b; s##h.c += w * c; s##h.d += w * d; }
+        UP_TO_4(DO)
+#undef DO
+    }
+#define DO(h) memcpy(out + h * stride, &s##h, sizeof s##h);
+    UP_TO_4(DO)
+#undef DO
+}
+
+/* The same for 16 numbers or less. */
+INLINE void weigh_few(const float *p, const int8_t *const *row, int64_t n, int64_t from,
+                      int64_t many, float *out) {
+    f16 s = {0};
+    for (int64_t t = 0; t < n; t++) s += p[t] * load_codes(row[t] + from, many);
+    memcpy(out, &s, many * sizeof *out);
+}
+
+static void score_codes(int64_t heads, const float (*q)[WIDEST], const int8_t *const *row,
+                        const int8_t *const *ahead, int64_t n, int64_t E, float (*out)[SPAN]) {
+#define CASE(HT, WIDTH) \
+    if (heads == HT && E == WIDTH) { code_scores(HT, WIDTH / 16, q, row, ahead, n, WIDTH, out); return; }
+#define EACH_WIDTH(HT) CASE(HT, 64) CASE(HT, 80) CASE(HT, 96) CASE(HT, 128)
+    EACH_WIDTH(1) EACH_WIDTH(2) EACH_WIDTH(3) EACH_WIDTH(4)
+#undef EACH_WIDTH
+#undef CASE
+    for (int64_t h = 0; h < heads; h++)
+        code_scores(1, (int)((E + 15) / 16), q + h, row, ahead, n, E, out + h);
+}
+
+static void weigh_all_codes(int64_t heads, const float (*p)[SPAN], const int8_t *const *row, int64_t n,
+                            int64_t E, float *out, int64_t stride) {
+    int64_t e = 0;
+#define CASE(HT) case HT: weigh_codes(HT, p, row, n, e, out + e, stride); break;
+    for (; e + 64 <= E; e += 64) switch (heads) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef CASE
+    for (; e < E; e += 16)
+        for (int64_t h = 0; h < heads; h++)
+            weigh_few(p[h], row, n, e, least(E - e, 16), out + h * stride + e);
+}
+
 /* ---- a span of one sequence -------------------------------------------------------------------- */
 
 /* Scores become e^(score - largest); n is filled up to a multiple of 16. */
@@ -217,6 +318,44 @@ static void span(const Decode *d, int type, int64_t b, int64_t head, int64_t ind
     }
 }
 
+/* The same where keys and values are int8. */
+static void coded_span(const Decode *d, int type, int64_t b, int64_t head, int64_t index) {
+    int64_t E = d->E, G = d->H / d->K, stride = d->spans * (E + 2);
+    int64_t first = index * SPAN, n = least(d->lengths[b] - first, SPAN);
+    const int8_t *keys[SPAN], *values[SPAN];
+    float key_scales[SPAN], value_scales[SPAN];
+    const int32_t *table = d->tables + b * d->W + first / d->block;
+    for (int64_t t = 0, inside = first % d->block; t < n; inside = 0, table++) {
+        int64_t slot = head * d->N + *table * d->block + inside;
+        for (int64_t end = least(n, t + d->block - inside); t < end; t++, slot++) {
+            keys[t] = (const int8_t *)d->keys + slot * E;
+            values[t] = (const int8_t *)d->values + slot * E;
+            key_scales[t] = d->key_scales[slot];
+            value_scales[t] = d->value_scales[slot];
+        }
+    }
+    float p[4][SPAN], q[4][WIDEST], scale = 1.f / sqrtf((float)E);
+    for (int64_t g = 0, many; g < G; g += many) {
+        many = least(G - g, 4);
+        int64_t row = b * d->H + head * G + g;
+        float *out = d->scratch + row * stride + index * (E + 2);
+        for (int64_t i = 0; i < many; i++) {
+            int64_t from = (row + i) * E;
+            for (int64_t e = 0; e < E; e++)
+                q[i][e] = type == BFLOAT16 ? widen(((const bf16 *)d->q)[from + e]) : ((const float *)d->q)[from + e];
+            for (int64_t e = E; e % 16; e++) q[i][e] = 0;
+        }
+        score_codes(many, (const float(*)[WIDEST])q, keys, g ? 0 : values, n, E, p);
+        for (int64_t i = 0; i < many; i++) {
+            float *end = out + i * stride + E;
+            for (int64_t t = 0; t < n; t++) p[i][t] *= key_scales[t];
+            exponentials(p[i], n, scale, end, end + 1);
+            for (int64_t t = 0; t < n; t++) p[i][t] *= value_scales[t];
+        }
+        weigh_all_codes(many, (const float(*)[SPAN])p, values, n, E, out, stride);
+    }
+}
+
 /* The spans of one query head of one sequence, in their order. */
 static void merge(const Decode *d, int type, int64_t row) {
     int64_t E = d->E, count = (d->lengths[row / d->H] + SPAN - 1) / SPAN;
@@ -248,7 +387,10 @@ EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads) {
     {
         for (int64_t i; (i = take(&next)) < spans * d->K;)
             for (int64_t b = 0; b < d->B; b++)
-                if (d->lengths[b] > i % spans * SPAN) span(d, type, b, i / spans, i % spans);
+                if (d->lengths[b] > i % spans * SPAN) {
+                    if (d->key_scales) coded_span(d, type, b, i / spans, i % spans);
+                    else span(d, type, b, i / spans, i % spans);
+                }
         if (!omp_get_thread_num()) done = work_done();
 #pragma omp barrier
         for (int64_t i; (i = take(&merged)) < rows;) merge(d, type, i);

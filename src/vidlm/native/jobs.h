@@ -19,8 +19,9 @@ typedef struct { /* one weight matrix; the same x goes through all of a call */
 
 typedef struct {
     const char *q;          /* (B, H, E) */
-    const char *keys;       /* (K, N, E) */
+    const char *keys;       /* (K, N, E), of the type of q, or int8 if there are scales */
     const char *values;     /* (K, N, E) */
+    const float *key_scales, *value_scales; /* (K, N) or NULL */
     const int32_t *tables;  /* (B, W) block numbers */
     const int32_t *lengths; /* (B) tokens, the new one included */
     char *out;              /* (B, H, E) */
@@ -38,10 +39,21 @@ typedef struct {
     const char *q, *k, *v;  /* (T, H, E), (T, K, E), (T, K, E); k and v NULL: nothing is stored */
     const char *cos, *sin;  /* (T, E); NULL: k is stored as it is */
     char *out;              /* (T, H, E), or NULL */
-    char *keys, *values;    /* (K, N, E) */
+    char *keys, *values;    /* (K, N, E), of the type of k, or int8 if there are scales */
+    float *key_scales, *value_scales; /* (K, N) or NULL */
     const int64_t *slots;   /* (T) */
     int64_t T, H, K, E, N;
 } Heads;
+
+typedef struct {
+    const int8_t *codes;    /* (K, N, E) */
+    const float *scales;    /* (K, N) */
+    const int64_t *slots;   /* (S), or NULL: S slots from `start` on */
+    char *out;              /* (K, S, E) */
+    int64_t start, S, K, E, N;
+} Codes;
+
+enum { CODED_MOST = 512 }; /* numbers in a row that is stored as int8 */
 
 enum { GELU_TANH, QUICK_GELU, SILU_MUL };
 
@@ -51,5 +63,6 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
 EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads);
 EXPORT void vidlm_rms_norm(const Norm *n, float eps, int type, int threads);
 EXPORT void vidlm_heads(const Heads *h, int type, int threads);
+EXPORT void vidlm_decoded(const Codes *c, int type, int threads);
 EXPORT void vidlm_activation(int kind, const char *x, const char *other, char *y, int64_t count,
                              int type, int threads);

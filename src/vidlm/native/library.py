@@ -24,6 +24,7 @@ SIGNATURES = {
     "vidlm_flash": (_POINTER, _INT),
     "vidlm_stack": (_POINTER, ctypes.c_float, _INT),
     "vidlm_heads": (_POINTER, _INT, _INT),
+    "vidlm_decoded": (_POINTER, _INT, _INT),
     "vidlm_rms_norm": (_POINTER, ctypes.c_float, _INT, _INT),
     "vidlm_activation": (_INT, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT),
 }

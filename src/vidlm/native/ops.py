@@ -6,28 +6,33 @@ can: CPU, float32 or bfloat16, rows without gaps, no gradients, no autocast.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from vidlm.native import plain
 from vidlm.native.calls import TYPES, kernels, pack, threads
+from vidlm.native.coded import Cache, Coded, fields
+from vidlm.native.library import library
 
 WIDEST = 512  # head dimension; WIDEST in attention.c
 SPAN = 256  # tokens of a piece of work; SPAN in attention.c
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block: int
+    q: Tensor, keys: Cache, values: Cache, tables: Tensor, lengths: Tensor, block: int
 ) -> Tensor:
     """One new token each of B sequences over all tokens of its sequence, itself included.
 
-    q (B, H, E); keys and values (K, N, E); tables (B, W) int32 and lengths (B,) int32, each 1 or
-    more. Token t of sequence b is at slot tables[b, t // block] * block + t % block. Returns
-    (B, H, E). Neither B nor where the blocks lie nor the number of threads changes a bit of it.
+    q (B, H, E); keys and values (K, N, E), coded or not; tables (B, W) int32 and lengths (B,)
+    int32, each 1 or more. Token t of sequence b is at slot tables[b, t // block] * block + t %
+    block. Returns (B, H, E). Neither B nor where the blocks lie nor the number of threads changes a
+    bit of it.
     """
     B, H, E = q.shape
     K, N, _ = keys.shape
-    lib = kernels(q, keys, values)
+    lib = reaches((keys, values), q)
     if (
         lib is None
         or not B
@@ -40,9 +45,9 @@ def decode_attention(
     spans = -(-W * block // SPAN)
     scratch = torch.empty(B * H * spans * (E + 2))
     out = torch.empty_like(q)
-    pointers = (t.data_ptr() for t in (q, keys, values, tables, lengths, out, scratch))
-    job = pack(*pointers, B, H, K, E, N, W, block, spans)
-    size = 2 * B * W * block * K * E * q.element_size()
+    rest = (t.data_ptr() for t in (tables, lengths, out, scratch))
+    job = pack(q.data_ptr(), *buffers(keys, values), *rest, B, H, K, E, N, W, block, spans)
+    size = 2 * B * W * block * K * E * (1 if isinstance(keys, Coded) else q.element_size())
     lib.vidlm_decode_attention(job, TYPES[q.dtype], threads(size))
     return out
 
@@ -58,21 +63,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if lib is None or cos.shape != (T, E) or sin.shape != (T, E) or E % 2:
         return plain.rotate(x, cos, sin)
     out = torch.empty_like(x)
-    pointers = (x.data_ptr(), 0, 0, cos.data_ptr(), sin.data_ptr(), out.data_ptr(), 0, 0, 0)
+    pointers = (x.data_ptr(), 0, 0, cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     size = 2 * x.numel() * x.element_size()
-    lib.vidlm_heads(pack(*pointers, T, H, 0, E, 0), TYPES[x.dtype], threads(size))
+    lib.vidlm_heads(pack(*pointers, 0, 0, 0, 0, 0, T, H, 0, E, 0), TYPES[x.dtype], threads(size))
     return out
 
 
-def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """k and v (T, K, E) to slots (T,) int64 of keys and values (K, N, E)."""
-    lib = kernels(k, v, keys, values)
+def store(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> None:
+    """k and v (T, K, E) to slots (T,) int64 of keys and values (K, N, E), coded or not."""
+    lib = reaches((keys, values), k, v)
     if lib is None or not _fits(k, v, keys, values, slots):
         plain.store(k, v, keys, values, slots)
         return
     T, K, E = k.shape
-    buffers = (keys.data_ptr(), values.data_ptr(), slots.data_ptr())
-    job = pack(0, k.data_ptr(), v.data_ptr(), 0, 0, 0, *buffers, T, 0, K, E, keys.shape[1])
+    into = (*buffers(keys, values), slots.data_ptr())
+    job = pack(0, k.data_ptr(), v.data_ptr(), 0, 0, 0, *into, T, 0, K, E, keys.shape[1])
     lib.vidlm_heads(job, TYPES[k.dtype], threads(4 * k.numel() * k.element_size()))
 
 
@@ -81,27 +86,70 @@ def rotate_store(
     k: Tensor,
     v: Tensor,
     rope: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
+    cache: tuple[Cache, Cache],
     slots: Tensor,
 ) -> Tensor:
     """Rotated q (T, H, E); k rotated and v (T, K, E) go to their slots of keys and values."""
     cos, sin = rope
     keys, values = cache
     T, H, E = q.shape
-    lib = kernels(q, k, v, cos, sin, keys, values)
+    lib = reaches(cache, q, k, v, cos, sin)
     turns = cos.shape == (T, E) and sin.shape == (T, E) and E % 2 == 0 and k.shape[0] == T
     if lib is None or not turns or not _fits(k, v, keys, values, slots):
         plain.store(plain.rotate(k, cos, sin), v, keys, values, slots)
         return plain.rotate(q, cos, sin)
     out = torch.empty_like(q)
-    tensors = (q, k, v, cos, sin, out, keys, values, slots)
-    job = pack(*(t.data_ptr() for t in tensors), T, H, k.shape[1], E, keys.shape[1])
+    given = (t.data_ptr() for t in (q, k, v, cos, sin, out))
+    job = pack(*given, *buffers(keys, values), slots.data_ptr(), T, H, k.shape[1], E, keys.shape[1])
     size = (2 * q.numel() + 4 * k.numel()) * q.element_size()
     lib.vidlm_heads(job, TYPES[q.dtype], threads(size))
     return out
 
 
-def _fits(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> bool:
+def numbers(
+    cache: Cache, where: slice | Tensor, dtype: torch.dtype, room: Tensor | None = None
+) -> Tensor:
+    """Keys or values of some slots, (S,) int64 or a slice of them, in their order: (K, S, E).
+
+    Those that are coded come as numbers of `dtype`, in `room` (K, S, E) if it is given and the
+    kernels write it; of others no copy is made where a slice tells.
+    """
+    if not isinstance(cache, Coded):
+        return cache[:, where]
+    K, N, E = cache.shape
+    if isinstance(where, slice):
+        start, stop, step = where.indices(N)
+        S, slots, told = max(stop - start, 0), 0, step == 1
+    else:
+        start, S, slots, told = 0, len(where), where.data_ptr(), _indices(where, torch.int64)
+    computed = dtype in TYPES and cache.readable and not torch.compiler.is_compiling()
+    lib = library() if told and computed else None
+    if lib is None:
+        return plain.numbers(cache, where, dtype)
+    out = torch.empty(K, S, E, dtype=dtype) if room is None else room
+    assert (out.shape, out.dtype) == ((K, S, E), dtype)
+    job = pack(*fields(cache), slots, out.data_ptr(), start, S, K, E, N)
+    lib.vidlm_decoded(job, TYPES[dtype], threads(out.numel() + out.nbytes))
+    return out
+
+
+def reaches(caches: tuple[Cache, Cache], *others: Tensor) -> ctypes.CDLL | None:
+    """The library, where it can take these; both caches are coded or neither is."""
+    keys, values = caches
+    if isinstance(keys, Tensor) and isinstance(values, Tensor):
+        return kernels(*others, keys, values)
+    if not all(isinstance(x, Coded) and x.readable for x in caches):
+        return None
+    return kernels(*others)
+
+
+def buffers(keys: Cache, values: Cache) -> tuple[int, int, int, int]:
+    """In the order of Heads and Decode in jobs.h, and of Layer in stack.c."""
+    (k, k_scales), (v, v_scales) = fields(keys), fields(values)
+    return k, v, k_scales, v_scales
+
+
+def _fits(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> bool:
     """Whether shapes are those of `store`; the plain form says what is wrong where not."""
     T, K, E = k.shape
     same = v.shape == k.shape and values.shape == keys.shape

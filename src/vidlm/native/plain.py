@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu, softmax
 
+from vidlm.native.coded import Cache, Coded
 from vidlm.native.packed import PackedWeight
 
 
@@ -19,7 +20,7 @@ def linears(
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block: int
+    q: Tensor, keys: Cache, values: Cache, tables: Tensor, lengths: Tensor, block: int
 ) -> Tensor:
     if not q.is_cpu:
         return _all_at_once(q, keys, values, tables, lengths, block)
@@ -30,21 +31,21 @@ def decode_attention(
         if any(b != used[0] + i for i, b in enumerate(used)):  # no neighbours: a copy it must be
             slots = torch.tensor(used)[:, None] * block + torch.arange(block)
             where = slots.flatten()[:length]
-        k, v = keys[:, where], values[:, where]  # (K, S, E)
+        k, v = numbers(keys, where, q.dtype), numbers(values, where, q.dtype)  # (K, S, E)
         weights = _weights(x.view(len(k), -1, x.shape[-1]), k)
         rows.append((weights @ v).view_as(x))
     return torch.stack(rows) if rows else torch.empty_like(q)
 
 
 def _all_at_once(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, block: int
+    q: Tensor, keys: Cache, values: Cache, tables: Tensor, lengths: Tensor, block: int
 ) -> Tensor:
     """The shorter sequences are filled up, and nothing waits for the device."""
     B, _, E = q.shape
     slots = tables[:, :, None].long() * block + torch.arange(block, device=q.device)
     slots = slots.flatten(1)  # (B, S)
     hidden = torch.arange(slots.shape[1], device=q.device) >= lengths[:, None]
-    k, v = (x[:, slots].transpose(0, 1) for x in (keys, values))  # (B, K, S, E)
+    k, v = (numbers(x, slots, q.dtype).transpose(0, 1) for x in (keys, values))  # (B, K, S, E)
     # A slot that was never written may hold anything, NaN too.
     v = v.masked_fill(hidden[:, None, :, None], 0)
     weights = _weights(q.view(B, len(keys), -1, E), k, hidden[:, None, None])
@@ -64,9 +65,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    keys.index_copy_(1, slots, k.transpose(0, 1))
-    values.index_copy_(1, slots, v.transpose(0, 1))
+def store(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> None:
+    for x, cache in ((k, keys), (v, values)):
+        rows = x.transpose(0, 1)
+        if isinstance(cache, Coded):
+            found = coded(rows)
+            cache.codes.index_copy_(1, slots, found.codes)
+            cache.scales.index_copy_(1, slots, found.scales)
+        else:
+            cache.index_copy_(1, slots, rows)
+
+
+def coded(x: Tensor) -> Coded:
+    """Numbers (K, S, E) in eight bits. A row with NaN or infinity is worth NaN."""
+    wide = x.float()
+    scales = wide.abs().amax(-1).clamp(min=1e-30) * (1 / 127)
+    codes = (wide * scales.reciprocal()[..., None]).round().nan_to_num(0)
+    return Coded(codes.to(torch.int8), scales)
+
+
+def numbers(cache: Cache, where: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """Those of some slots, in their order: (K, S, E), or (K, *where's shape, E)."""
+    if not isinstance(cache, Coded):
+        return cache[:, where]
+    return (cache.codes[:, where] * cache.scales[:, where][..., None]).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

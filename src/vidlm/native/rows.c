@@ -82,6 +82,36 @@ INLINE void turn(const char *x, const char *c, const char *s, char *y, int64_t E
     else turn_f32(x, c, s, y, E);
 }
 
+/* A row as int8: the largest number becomes 127 or -127, and what one is worth is returned. Numbers
+ * are compared as bits, in whose order NaN is above all: its row is worth NaN. */
+#define ENCODE(NAME, T, BITS, WIDE)                                                              \
+    INLINE float NAME(const T *x, int8_t *to, int64_t E) {                                       \
+        uint32_t top = 0;                                                                        \
+        _Pragma("omp simd reduction(max : top)") for (int64_t e = 0; e < E; e++) {               \
+            uint32_t bits = BITS(x[e]) & 0x7fffffff;                                             \
+            top = bits > top ? bits : top;                                                       \
+        }                                                                                        \
+        float most = number_of(top);                                                             \
+        float scale = (most < 1e-30f ? 1e-30f : most) * (1.f / 127), inverse = 1.f / scale;      \
+        _Pragma("omp simd") for (int64_t e = 0; e < E; e++) {                                    \
+            float code = rintf(WIDE(x[e]) * inverse);                                            \
+            to[e] = (int8_t)(int32_t)(code == code ? code : 0.f);                                \
+        }                                                                                        \
+        return scale;                                                                            \
+    }
+
+INLINE float number_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t bits_f32(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+INLINE uint32_t bits_bf16(bf16 x) { return (uint32_t)x << 16; }
+
+ENCODE(encode_f32, float, bits_f32, )
+ENCODE(encode_bf16, bf16, bits_bf16, widen)
+
+INLINE float encode(const char *x, int8_t *to, int64_t E, int type) {
+    return type == BFLOAT16 ? encode_bf16((const bf16 *)x, to, E)
+                            : encode_f32((const float *)x, to, E);
+}
+
 /* All heads of one token. */
 static void heads(const Heads *h, int64_t row, int64_t size, int type) {
     const char *c = h->cos ? h->cos + row * size : 0, *s = h->cos ? h->sin + row * size : 0;
@@ -90,15 +120,51 @@ static void heads(const Heads *h, int64_t row, int64_t size, int type) {
             turn(h->q + i * size, c, s, h->out + i * size, h->E, type);
     if (h->k)
         for (int64_t i = 0; i < h->K; i++) {
-            int64_t from = (row * h->K + i) * size, to = (i * h->N + h->slots[row]) * size;
-            turn(h->k + from, c, s, h->keys + to, h->E, type);
-            memcpy(h->values + to, h->v + from, size);
+            int64_t from = (row * h->K + i) * size, slot = i * h->N + h->slots[row];
+            if (h->key_scales) {
+                float turned[CODED_MOST];
+                int8_t *keys = (int8_t *)h->keys, *values = (int8_t *)h->values;
+                const char *k = c ? (char *)turned : h->k + from;
+                if (c) turn(h->k + from, c, s, (char *)turned, h->E, type);
+                h->key_scales[slot] = encode(k, keys + slot * h->E, h->E, type);
+                h->value_scales[slot] = encode(h->v + from, values + slot * h->E, h->E, type);
+                continue;
+            }
+            turn(h->k + from, c, s, h->keys + slot * size, h->E, type);
+            memcpy(h->values + slot * size, h->v + from, size);
         }
 }
 
 EXPORT void vidlm_heads(const Heads *h, int type, int threads) {
     int64_t size = h->E * (type == BFLOAT16 ? 2 : 4);
     ROWS(h->T, size * (h->H + 2 * h->K), heads(h, row, size, type))
+}
+
+/* ---- numbers of what is stored as int8 ----------------------------------------------------------- */
+
+#define DECODE(NAME, T, NARROW)                                                                  \
+    INLINE void NAME(const int8_t *codes, float scale, T *out, int64_t E) {                      \
+        _Pragma("omp simd") for (int64_t e = 0; e < E; e++) out[e] = NARROW((float)codes[e] * scale); \
+    }
+
+DECODE(decode_f32, float, )
+DECODE(decode_bf16, bf16, narrow)
+
+enum { TOKENS = 64 }; /* tokens of a head that are decoded one behind the other */
+
+static void decoded(const Codes *c, int64_t stretch, int64_t each, int type) {
+    int64_t head = stretch / each, from = stretch % each * TOKENS;
+    for (int64_t s = from; s < least(from + TOKENS, c->S); s++) {
+        int64_t slot = head * c->N + (c->slots ? c->slots[s] : c->start + s), to = (head * c->S + s) * c->E;
+        const int8_t *codes = c->codes + slot * c->E;
+        if (type == BFLOAT16) decode_bf16(codes, c->scales[slot], (bf16 *)c->out + to, c->E);
+        else decode_f32(codes, c->scales[slot], (float *)c->out + to, c->E);
+    }
+}
+
+EXPORT void vidlm_decoded(const Codes *c, int type, int threads) {
+    int64_t each = (c->S + TOKENS - 1) / TOKENS;
+    ROWS(c->K * each, TOKENS * c->E * (type == BFLOAT16 ? 3 : 5), decoded(c, row, each, type))
 }
 
 /* ---- activations -------------------------------------------------------------------------------- */

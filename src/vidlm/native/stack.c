@@ -8,7 +8,8 @@
 typedef struct { /* weights of a layer, and where its keys and values are */
     Weight q, k, v, o, gate, up, down;
     const char *q_bias, *k_bias, *v_bias, *norm, *after;
-    char *keys, *values;
+    char *keys, *values;    /* as Heads and Decode take them */
+    float *key_scales, *value_scales;
 } Layer;
 
 typedef struct {
@@ -48,12 +49,14 @@ EXPORT int vidlm_stack(const Stack *s, float eps, int type) {
                        {layer->k, layer->k_bias, k, narrow_},
                        {layer->v, layer->v_bias, v, narrow_}};
         if (!vidlm_linears(qkv, 3, normed, M, D, type, crew(s, (wide + 2 * narrow_) * D * size))) return 0;
-        Heads heads = {q, k, v, s->cos, s->sin, turned, layer->keys, layer->values, s->slots,
-                       M, s->H, s->K, E, s->N};
+        Heads heads = {q, k, v, s->cos, s->sin, turned, layer->keys, layer->values,
+                       layer->key_scales, layer->value_scales, s->slots, M, s->H, s->K, E, s->N};
         vidlm_heads(&heads, type, crew(s, (2 * wide + 4 * narrow_) * M * size));
-        Decode attend = {turned, layer->keys, layer->values, s->tables, s->lengths, found,
-                         s->scratch, M, s->H, s->K, E, s->N, s->W, s->block, s->spans};
-        vidlm_decode_attention(&attend, type, crew(s, 2 * M * s->W * s->block * narrow_ * size));
+        Decode attend = {turned, layer->keys, layer->values, layer->key_scales, layer->value_scales,
+                         s->tables, s->lengths, found, s->scratch, M, s->H, s->K, E, s->N, s->W,
+                         s->block, s->spans};
+        int64_t each = layer->key_scales ? 1 : size;
+        vidlm_decode_attention(&attend, type, crew(s, 2 * M * s->W * s->block * narrow_ * each));
         Part o = {layer->o, 0, delta, D};
         if (!vidlm_linears(&o, 1, found, M, wide, type, crew(s, wide * D * size))) return 0;
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vidlm.native.calls import SHARE, TYPES, pack
-from vidlm.native.ops import SPAN, WIDEST
+from vidlm.native.coded import Cache, Coded
+from vidlm.native.ops import SPAN, WIDEST, buffers
 from vidlm.native.products import MOST_ROWS, Weight, fields, takes
 
 
@@ -28,7 +29,7 @@ class StackShape:
 @dataclass(frozen=True)
 class StackLayer:
     """A layer's weights: (D) norms, (O, D) projections with the biases of q, k and v or None, and
-    its keys and values (K, N, E) in blocks of slots."""
+    its keys and values (K, N, E) in blocks of slots, coded or not."""
 
     norm: Tensor
     qkv: Sequence[Weight]
@@ -37,7 +38,7 @@ class StackLayer:
     after: Tensor
     gate_up: tuple[Weight, Weight]
     down: Weight
-    cache: tuple[Tensor, Tensor]
+    cache: tuple[Cache, Cache]
 
     @property
     def weights(self) -> list[Weight]:
@@ -47,14 +48,20 @@ class StackLayer:
     @property
     def tensors(self) -> list[Tensor]:
         given = [bias for bias in self.biases if bias is not None]
-        return [*given, self.norm, self.after, *self.cache]
+        numbers = [x for x in self.cache if isinstance(x, Tensor)]
+        return [*given, self.norm, self.after, *numbers]
 
     @property
     def pointers(self) -> list[int]:
         """In the order of Layer in stack.c."""
-        rest = [*self.biases, self.norm, self.after, *self.cache]
+        rest = [*self.biases, self.norm, self.after]
         weights = (field for weight in self.weights for field in fields(weight))
-        return [*weights, *(0 if x is None else x.data_ptr() for x in rest)]
+        return [*weights, *(0 if x is None else x.data_ptr() for x in rest), *buffers(*self.cache)]
+
+    @property
+    def readable(self) -> bool:
+        """Whether the kernels can read what is coded of its keys and values."""
+        return all(x.readable for x in self.cache if isinstance(x, Coded))
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,9 @@ def stack(
     M, D = x.shape
     weights = [weight for layer in layers for weight in layer.weights]
     lib = takes(x, weights, last, *rope, *(t for layer in layers for t in layer.tensors))
-    if lib is None or not takes_rows(M) or shape.head_dim > WIDEST or shape.head_dim % 2:
+    if lib is None or not all(layer.readable for layer in layers):
+        return None
+    if not takes_rows(M) or shape.head_dim > WIDEST or shape.head_dim % 2:
         return None
     H, K, E, I = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden  # noqa: E741
     W = places.tables.shape[1]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from vidlm import native
-from vidlm.nn.step import Pages, Step
+from vidlm.native import Cache, Coded
+from vidlm.nn.step import Pages, Room, Step
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
@@ -35,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
 
 
 def _paged(q: Tensor, k: Tensor, v: Tensor, step: Step, pages: Pages, layer: int) -> Tensor:
-    keys, values = pages.layer(layer, k, v)  # (K, N, E)
+    keys, values = pages.layer(layer, k, v)  # (K, N, E) each, coded or not
     native.store(k, v, keys, values, pages.slots)
     if max(step.lengths) == 1:
         return native.decode_attention(q, keys, values, pages.tables, pages.lengths, pages.block)
@@ -44,10 +45,35 @@ def _paged(q: Tensor, k: Tensor, v: Tensor, step: Step, pages: Pages, layer: int
         part = q[segment.start : segment.stop]
         found = None
         if not isinstance(span, slice):  # its blocks lie here and there
-            places = pages.tables[i], len(span), pages.block
-            found = native.flash_blocks(part, keys, values, *places)
-        rows.append(_prefill(part, keys[:, span], values[:, span]) if found is None else found)
+            found = _blocks(part, keys, values, pages, i, len(span))
+        if found is None:  # new tokens, too, as they are stored: where a chunk ends changes nothing
+            found = _prefill(part, *_numbers(keys, values, span, part, pages.room))
+        rows.append(found)
     return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _numbers(
+    keys: Cache, values: Cache, span: slice | Tensor, like: Tensor, room: Room
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (K, S, E) of a sequence; of what is coded, until they are asked for again."""
+    if not isinstance(keys, Coded):
+        return native.numbers(keys, span, like.dtype), native.numbers(values, span, like.dtype)
+    K, _, E = keys.shape
+    S = span.stop - span.start if isinstance(span, slice) else len(span)
+    first, second = room.take((2, K, S, E), like)
+    return (
+        native.numbers(keys, span, like.dtype, first),
+        native.numbers(values, span, like.dtype, second),
+    )
+
+
+def _blocks(
+    q: Tensor, keys: Cache, values: Cache, pages: Pages, sequence: int, length: int
+) -> Tensor | None:
+    """As `_prefill`, of keys and values where they lie; None where that cannot be done."""
+    if isinstance(keys, Coded) or isinstance(values, Coded):
+        return None
+    return native.flash_blocks(q, keys, values, pages.tables[sequence], length, pages.block)
 
 
 def _shown(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vidlm.native import Cache
 
 
 class Memory:
@@ -54,26 +57,43 @@ class KV(Protocol):
         """Store (n, K, E) new keys and values; return all of them, each (K, S, E)."""
 
 
+class Room:
+    """Memory for what each layer needs for itself, one after the other: taken once a step."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Room of this shape, of like's dtype and device, holding anything; who took it before has
+        it no longer."""
+        count = prod(shape)
+        if self._kept is None or len(self._kept) < count or self._kept.dtype != like.dtype:
+            self._kept = like.new_empty(count)
+        return self._kept[:count].view(shape)
+
+
 @dataclass(frozen=True)
 class Pages:
     """Where a step's keys and values lie in a cache that all sequences share, block by block.
 
     layer    number, keys and values (T, K, E) of a step's tokens -> that layer's buffers (K, N, E)
-             of keys and of values, N the slots of the whole cache
+             of keys and of values, N the slots of the whole cache; coded or not
     block    slots of a block
     tables   (B, W) int32, the blocks of each sequence, filled up with anything
     lengths  (B,) int32, tokens of each sequence, this step's included
     slots    (T,) int64, where each of this step's tokens goes
     spans    of each sequence, where all its tokens are: a slice where they lie behind each other,
              (S,) int64 slots where not
+    room     for numbers of what is coded
     """
 
-    layer: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+    layer: Callable[[int, Tensor, Tensor], tuple[Cache, Cache]]
     block: int
     tables: Tensor
     lengths: Tensor
     slots: Tensor
     spans: tuple[slice | Tensor, ...]
+    room: Room = field(default_factory=Room, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Pages:
         """The same with its tensors on this device."""
