@@ -96,7 +96,7 @@ class Peer:
         command = [self.python, script, task, str(self.folder), *words]
         done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PeerFailed(f"{task} ended with {done.returncode}: {done.stderr[-1000:]}")
+            raise PeerFailed(f"{task} ended with {done.returncode}: {done.stderr[-2000:]}")
         return done.stdout
 
 
