@@ -1,8 +1,9 @@
 """Safetensors bytes straight into a model built on the meta device.
 
 Each tensor is read once, from the file into the memory it will live in, so that loading peaks at
-the size of the weights and not at twice it (memory-mapped pages would count a second time). Names
-are translated by the family's rename table; a missing, left-over or misshapen tensor raises.
+the size of the weights and not at twice it (memory-mapped pages would count a second time). What
+becomes something else as it arrives, such as codes, is handed on a few rows at a time. Names are
+translated by the family's rename table; a missing, left-over or misshapen tensor raises.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,8 +35,9 @@ DTYPES = {
     "U8": torch.uint8,
 }
 SINGLE = "model.safetensors"
-CHUNK = 16 << 20  # bytes converted at a time when the file's dtype is not the model's
+CHUNK = 4 << 20  # bytes at a time of what is not read straight into its place
 SHARD = 5 << 30  # bytes of one file of a saved checkpoint, as the hub does it
+TakeRows = Callable[[int, Tensor], None]  # of a matrix: the first's number, and rows
 RUN = 128  # 64-bit words whose sum goes into a fingerprint: fewer would cost more than they tell
 
 
@@ -75,15 +78,16 @@ def load(
     *,
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
-    place: Callable[[str, Tensor], bool] | None = None,
+    place: Callable[[str, torch.device], TakeRows | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a model built on the meta device from the safetensors files of `folder`.
 
     Parameters take `dtype`, buffers keep their own. `device` is that of all, or tells each one's by
-    its name. `place(name, tensor)` may take a tensor for itself, and then says True.
-    `progress(done, total)` is called with bytes. Raises WeightsError, listing names, where tensors
-    are missing, left over, doubled or of another shape; the model is then unusable.
+    its name. `place(name, device)` may answer with what takes a matrix, then never in memory whole,
+    a few rows at a time; parameters of two names are not offered. `progress(done, total)` is called
+    with bytes. Raises WeightsError, listing names, where tensors are missing, left over, doubled or
+    of another shape; the model is then unusable.
     """
     shared = _shared_parameters(model)
     stored = _locate(folder, renames)
@@ -98,16 +102,19 @@ def load(
     buffers = dict(_buffers(model))
     _compare({**dict(model.named_parameters()), **buffers}, stored, folder)
     total = sum(at.entry.stop - at.entry.start for at in stored.values())
-    done = 0
+    done, room, whole = 0, _Room(), {*buffers, *shared.values()}
     for name, at in _in_file_order(stored):
         where = device if isinstance(device, torch.device) else device(name)
         own = buffers[name].dtype if name in buffers else dtype
-        tensor = _read(at, own, name).to(where)
-        if name in buffers:
-            _assign(model, name, tensor)
-        elif place is None or not place(name, tensor):
-            _assign(model, name, nn.Parameter(tensor, requires_grad=False))
-        del tensor
+        take = None if place is None or name in whole else place(name, where)
+        if take is not None:
+            for start, rows in _rows(at, own, name, room):
+                take(start, rows.to(where))
+        else:
+            kept = _read(at, own, name, room).to(where)
+            if name not in buffers:
+                kept = nn.Parameter(kept, requires_grad=False)
+            _assign(model, name, kept)
         done += at.entry.stop - at.entry.start
         if progress is not None:
             progress(done, total)
@@ -281,27 +288,66 @@ def _torch_dtype(name: str, where: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _read(place: Stored, dtype: torch.dtype, name: str) -> Tensor:
-    entry = place.entry
-    source = _torch_dtype(entry.dtype, place.path)
+def _read(at: Stored, dtype: torch.dtype, name: str, room: _Room) -> Tensor:
+    source = _source(at, dtype, name)
+    out = torch.empty(at.entry.shape, dtype=dtype)
+    if source == dtype:
+        with at.path.open("rb", buffering=0) as file:
+            file.seek(at.entry.start)
+            _fill(file, out, at)
+        return out
+    flat = out.view(-1)
+    for start, piece in _pieces(at, source, CHUNK // source.itemsize, room):
+        flat[start : start + len(piece)].copy_(piece)
+    return out
+
+
+def _rows(at: Stored, dtype: torch.dtype, name: str, room: _Room) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a matrix in its dtype, and which the first is. The next are in the same memory."""
+    source = _source(at, dtype, name)
+    columns = max(1, at.entry.shape[1])
+    each = max(1, CHUNK // (columns * source.itemsize))
+    for start, piece in _pieces(at, source, each * columns, room):
+        yield start // columns, piece.view(-1, columns).to(dtype)
+
+
+def _source(at: Stored, dtype: torch.dtype, name: str) -> torch.dtype:
+    """The dtype of a stored tensor, where it can become `dtype`."""
+    source = _torch_dtype(at.entry.dtype, at.path)
     if source.is_floating_point != dtype.is_floating_point:
         raise UnsupportedModel(
-            f"{place.path} stores {name} as {entry.dtype}, and the model has it in {dtype}; a "
+            f"{at.path} stores {name} as {at.entry.dtype}, and the model has it in {dtype}; a "
             "checkpoint that another library quantized cannot be read, take the original weights"
         )
-    out = torch.empty(entry.shape, dtype=dtype)
-    with place.path.open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        if source == dtype:
-            _fill(file, out, place)
-        else:
-            flat = out.view(-1)
-            rows = CHUNK // source.itemsize
-            for start in range(0, flat.numel(), rows):
-                piece = torch.empty(min(rows, flat.numel() - start), dtype=source)
-                _fill(file, piece, place)
-                flat[start : start + piece.numel()].copy_(piece)
-    return out
+    return source
+
+
+class _Room:
+    """Memory that pieces of files are read into, the same for all of them: what is freed between
+    two tensors that stay would leave holes, into which larger ones do not fit."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(CHUNK, dtype=torch.uint8)  # no memory before it is written
+
+    def of(self, numbers: int, dtype: torch.dtype) -> Tensor:
+        size = numbers * dtype.itemsize
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype)
+
+
+def _pieces(
+    at: Stored, source: torch.dtype, most: int, room: _Room
+) -> Iterator[tuple[int, Tensor]]:
+    """The numbers of a tensor as they are stored, and which the first is. The next are in the same
+    memory."""
+    total = prod(at.entry.shape)
+    with at.path.open("rb", buffering=0) as file:
+        file.seek(at.entry.start)
+        for start in range(0, total, most):
+            piece = room.of(min(most, total - start), source)
+            _fill(file, piece, at)
+            yield start, piece
 
 
 def _fill(file: BinaryIO, tensor: Tensor, place: Stored) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from paging import Paged
 from vidlm import native
 from vidlm.native import Coded, plain
-from vidlm.nn import decoder as decoders
 from vidlm.nn.decoder import Decoder, DecoderConfig
+from vidlm.nn.stack import Stack
 from vidlm.nn.step import packed
 
 CPU = torch.device("cpu")
@@ -262,7 +262,7 @@ def test_the_stack_gives_the_bits_of_its_layers(
         patch.setattr(native, "stack", lambda *given: calls.append(1) or whole(*given))
         together = run(decoder, cuts, rooms, 2)
         assert len(calls) >= 3
-        patch.setattr(decoders, "decode", lambda *_: None)
+        patch.setattr(Stack, "decode", lambda *_: None)
         for a, b in zip(together, run(decoder, cuts, rooms, 2), strict=True):
             assert torch.equal(a, b)
 

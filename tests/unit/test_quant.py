@@ -21,9 +21,10 @@ from vidlm import (
     TorchAoConfig,
 )
 from vidlm.errors import InvalidArgument, UnsupportedModel, WeightsError
+from vidlm.native import PackedWeight
 from vidlm.nn.packed import PackedLinear
 from vidlm.quant import Scheme, preset, quantize
-from vidlm.quant.packing import pack, packings
+from vidlm.quant.packing import pack, pack_rows, packings
 
 IDS = torch.arange(5, 60)[None]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -194,29 +195,26 @@ def test_names_are_skipped(folder: Path) -> None:
         load(folder, QuantoConfig(modules_to_not_convert=["visual"]))
 
 
-def test_never_all_weights_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each weight becomes codes before the next is read."""
-    import vidlm.weights as weights
+def test_no_weight_is_ever_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time become codes, and all are read into the same memory."""
+    expected = packed(load(folder, QuantoConfig()))
+    most, memory, rows_seen = 2000, set(), []
 
-    read = weights._read
-    kept: list[Any] = []
+    def watched(into: PackedWeight, start: int, rows: Tensor) -> None:
+        assert rows.nbytes <= most
+        memory.add(rows.data_ptr())
+        rows_seen.append(len(rows))
+        pack_rows(into, start, rows)
 
-    def watched(*args: Any) -> Tensor:
-        import gc
-        import weakref
-
-        gc.collect()
-        alive = [name for name, ref in kept if ref() is not None]
-        tensor = read(*args)
-        name = args[2]
-        if name.endswith("proj.weight"):
-            assert not alive
-            kept.append((name, weakref.ref(tensor)))
-        return tensor
-
-    monkeypatch.setattr(weights, "_read", watched)
-    load(folder, QuantoConfig())
-    assert len(kept) > 10
+    monkeypatch.setattr("vidlm.weights.CHUNK", most)
+    monkeypatch.setattr("vidlm.quant.swap.pack_rows", watched)
+    made = packed(load(folder, QuantoConfig()))
+    assert len(memory) == 1
+    assert len(rows_seen) > 2 * len(made)
+    assert sum(rows_seen) == sum(layer.out_features for layer in made.values())
+    for name, layer in made.items():
+        assert torch.equal(layer.codes, expected[name].codes)
+        assert torch.equal(layer.scale, expected[name].scale)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

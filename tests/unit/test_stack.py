@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from torch import Tensor, nn
 
 from paging import Paged
 from vidlm import native
-from vidlm.nn import decoder as decoders
 from vidlm.nn.decoder import Decoder, DecoderConfig
+from vidlm.nn.stack import Stack
 from vidlm.nn.step import Memory
+from vidlm.quant.packing import pack, packings
 
 needs_kernels = pytest.mark.skipif(
     not native.status().used, reason=f"no kernels here: {native.status().reason}"
@@ -53,7 +57,7 @@ def run(decoder: Decoder, lengths: list[int], new: int = 3) -> list[Tensor]:
 
 def one_by_one(decoder: Decoder, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     with monkeypatch.context() as patch:
-        patch.setattr(decoders, "decode", lambda *_: None)
+        patch.setattr(Stack, "decode", lambda *_: None)
         return run(decoder, lengths)
 
 
@@ -107,6 +111,90 @@ def test_another_module_in_a_layers_place_is_called() -> None:
     decoder.layers[1].mlp.down_proj = old
     torch.testing.assert_close(changed, run(decoder, [4])[-1])
     assert not torch.allclose(changed, before, atol=1e-3)
+
+
+@needs_kernels
+def test_weights_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, made_of = made("qwen2", (4, 2), torch.float32), []
+    of = native.StackTable.of
+    monkeypatch.setattr(native.StackTable, "of", lambda *x: made_of.append(1) or of(*x))
+    run(decoder, [3])
+    run(decoder, [4, 2])
+    assert len(made_of) == 1
+
+
+def other_parameter(decoder: Decoder) -> Decoder:
+    layer = decoder.layers[1].self_attn.o_proj
+    layer.weight = nn.Parameter(2 * layer.weight, requires_grad=False)
+    return decoder
+
+
+def other_memory(decoder: Decoder) -> Decoder:
+    weight = decoder.layers[2].post_attention_layernorm.weight
+    weight.data = weight.data + 1
+    return decoder
+
+
+def other_numbers(decoder: Decoder) -> Decoder:
+    decoder.norm.weight.mul_(3)
+    return decoder
+
+
+def no_bias(decoder: Decoder) -> Decoder:
+    decoder.layers[0].self_attn.q_proj.bias = None
+    return decoder
+
+
+def other_norm(decoder: Decoder) -> Decoder:
+    norm = deepcopy(decoder.norm)
+    norm.weight.mul_(2)
+    decoder.norm = norm
+    return decoder
+
+
+def fewer_bits(decoder: Decoder) -> Decoder:
+    layer = decoder.layers[1].mlp.up_proj
+    decoder.layers[1].mlp.up_proj = pack(layer.weight, packings()["int4"])
+    return decoder
+
+
+CHANGES = [other_parameter, other_memory, other_numbers, no_bias, other_norm, fewer_bits]
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_between_steps_counts(
+    change: Callable[[Decoder], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the decoder had never been used before."""
+    used = made("qwen2", (4, 2), torch.float32)
+    before = run(used, [5])[-1]
+    found = run(change(used), [5])
+    fresh = change(made("qwen2", (4, 2), torch.float32))
+    for a, b, c in zip(found, run(fresh, [5]), one_by_one(fresh, [5], monkeypatch), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert not torch.equal(found[-1], before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_reads_its_own_weights(how: Callable[[Decoder], Decoder]) -> None:
+    decoder = made("llama", (4, 2), torch.bfloat16)
+    before = run(decoder, [5])[-1]
+    copy = how(decoder)
+    decoder.norm.weight.zero_()
+    assert torch.equal(run(copy, [5])[-1], before)
+
+
+@needs_kernels
+def test_another_dtype() -> None:
+    decoder = made("llama", (4, 2), torch.float32)
+    run(decoder, [5])
+    expected = made("llama", (4, 2), torch.float32).to(torch.bfloat16)
+    for a, b in zip(run(decoder.to(torch.bfloat16), [5]), run(expected, [5]), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("reason", ["trace", "memory", "activation", "gradients", "float16"])

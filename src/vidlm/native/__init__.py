@@ -9,9 +9,10 @@ from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
 from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
+from vidlm.native.packing import pack_rows
 from vidlm.native.products import MOST_ROWS, Weight, affine, linear, linears
 from vidlm.native.rows import add_rms_norm, gelu_tanh, quick_gelu, rms_norm, silu_mul
-from vidlm.native.stack import Places, StackLayer, StackShape, stack, takes_rows
+from vidlm.native.stack import Places, StackLayer, StackShape, StackTable, stack, takes_rows
 
 __all__ = [
     "MOST_ROWS",
@@ -22,6 +23,7 @@ __all__ = [
     "Places",
     "StackLayer",
     "StackShape",
+    "StackTable",
     "Status",
     "Weight",
     "add_rms_norm",
@@ -34,6 +36,7 @@ __all__ = [
     "linear",
     "linears",
     "numbers",
+    "pack_rows",
     "quick_gelu",
     "rms_norm",
     "rotate",

@@ -20,6 +20,7 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
 SIGNATURES = {
     "vidlm_linears": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, _INT),
     "vidlm_unpack": (_POINTER, _LONG, _INT, _INT),
+    "vidlm_pack": (_POINTER, _INT, _INT),
     "vidlm_decode_attention": (_POINTER, _INT, _INT),
     "vidlm_flash": (_POINTER, _INT),
     "vidlm_stack": (_POINTER, ctypes.c_float, _INT),

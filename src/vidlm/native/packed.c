@@ -1,138 +1,22 @@
-/* Rows of packed weights: as numbers again, and times a few rows of x without that. */
-#include <stdlib.h>
-
-#include "packed.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-#define WIDE 1
-#endif
-
-/* ---- as numbers ------------------------------------------------------------------------------- */
-
-INLINE float scale_at(const Weight *w, int64_t index) {
-    return w->scale_type == BFLOAT16 ? widen(((const bf16 *)w->scale)[index])
-                                     : ((const float *)w->scale)[index];
-}
-
-INLINE float scale_of(const Weight *w, int64_t row, int64_t groups, int64_t k) {
-    return scale_at(w, row * groups + k / w->group);
-}
-
-/* Numbers [k, k + 64) of a row. */
-INLINE void sixty_four(const Weight *w, const uint8_t *codes, int64_t row, int64_t groups, int64_t k,
-                       int64_t D, float *out) {
-    float low = scale_of(w, row, groups, k);
-    float high = k + 32 < D ? scale_of(w, row, groups, k + 32) : 0.f;
-#if WIDE
-    __m512 table = _mm512_loadu_ps(w->table);
-    for (int h = 0; h < 2; h++) {
-        __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * h)));
-        __m512 a = _mm512_permutexvar_ps(at, table); /* looks at the lower four bits alone */
-        __m512 b = _mm512_permutexvar_ps(_mm512_srli_epi32(at, 4), table);
-        _mm512_storeu_ps(out + 16 * h, _mm512_mul_ps(a, _mm512_set1_ps(low)));
-        _mm512_storeu_ps(out + 32 + 16 * h, _mm512_mul_ps(b, _mm512_set1_ps(high)));
-    }
-#else
-    for (int i = 0; i < 32; i++) {
-        out[i] = w->table[codes[i] & 15] * low;
-        out[32 + i] = w->table[codes[i] >> 4] * high;
-    }
-#endif
-}
-
-#define UNPACK(NAME, T, NARROW)                                                                   \
-    static void NAME(const Weight *w, int64_t row, int64_t first, int64_t D, T *out) {              \
-        int64_t groups = w->form == FOUR ? (D + w->group - 1) / w->group : 0;                     \
-        if (w->form == EIGHT) {                                                                   \
-            const int8_t *at = (const int8_t *)w->data + row * D;                                   \
-            float scale = ((const float *)w->scale)[row];                                         \
-            for (int64_t k = first; k < D; k++) out[k] = NARROW(at[k] * scale);                        \
-            return;                                                                               \
-        }                                                                                         \
-        const uint8_t *codes = (const uint8_t *)w->data + row * row_bytes(w, D, 0) + first / 2;             \
-        for (int64_t k = first; k < D; k += 64, codes += 32) {                                    \
-            float numbers[64];                                                                    \
-            sixty_four(w, codes, row, groups, k, D, numbers);                                     \
-            int64_t n = least(64, D - k);                                                         \
-            if (n == 64)                                                                          \
-                for (int i = 0; i < 64; i++) out[k + i] = NARROW(numbers[i]);                     \
-            else                                                                                  \
-                for (int64_t i = 0; i < n; i++) out[k + i] = NARROW(numbers[i]);                  \
-        }                                                                                         \
-    }
-
-UNPACK(unpack_f32, float, )
-UNPACK(unpack_bf16, bf16, narrow)
-
-#if WIDE
-/* Whole blocks of 64 numbers of a row; how many numbers that are. */
-static int64_t unpack_blocks(const Weight *w, int64_t row, int64_t D, bf16 *out) {
-    int64_t whole = D / 64 * 64, groups = w->form == FOUR ? (D + w->group - 1) / w->group : 0;
-    const char *from = w->data + row * row_bytes(w, D, 0);
-    __m512 table = w->form == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < whole; k += 64) {
-        __m512 x[4];
-        if (w->form == EIGHT) {
-            __m512 scale = _mm512_set1_ps(((const float *)w->scale)[row]);
-            for (int i = 0; i < 4; i++) {
-                __m128i bytes = _mm_loadu_si128((const __m128i *)(from + k + 16 * i));
-                x[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale);
-            }
-        } else {
-            __m512 low = _mm512_set1_ps(scale_of(w, row, groups, k));
-            __m512 high = _mm512_set1_ps(scale_of(w, row, groups, k + 32));
-            for (int i = 0; i < 2; i++) {
-                __m128i bytes = _mm_loadu_si128((const __m128i *)(from + k / 2 + 16 * i));
-                __m512i at = _mm512_cvtepu8_epi32(bytes);
-                x[i] = _mm512_mul_ps(_mm512_permutexvar_ps(at, table), low);
-                at = _mm512_srli_epi32(at, 4);
-                x[2 + i] = _mm512_mul_ps(_mm512_permutexvar_ps(at, table), high);
-            }
-        }
-        for (int i = 0; i < 4; i += 2)
-            _mm512_storeu_si512(out + k + 16 * i, (__m512i)_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
-    }
-    return whole;
-}
-#else
-static int64_t unpack_blocks(const Weight *w, int64_t row, int64_t D, bf16 *out) {
-    (void)w, (void)row, (void)D, (void)out;
-    return 0;
-}
-#endif
-
-void unpack_rows(const Weight *w, int64_t from, int64_t to, int64_t D, int type, char *out) {
-    for (int64_t row = from; row < to; row++) {
-        bf16 *at = (bf16 *)out + (row - from) * D;
-        if (type == BFLOAT16) unpack_bf16(w, row, unpack_blocks(w, row, D, at), D, at);
-        else unpack_f32(w, row, 0, D, (float *)out + (row - from) * D);
-    }
-}
-
-/* All rows of a matrix, whose numbers go to out (rows, D). */
-EXPORT void vidlm_unpack(const Part *p, int64_t D, int type, int threads) {
-    enum { ROWS = 16 };
-    int64_t next = 0, size = type == BFLOAT16 ? 2 : 4;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i; (i = take(&next) * ROWS) < p->rows;)
-        unpack_rows(&p->weight, i, least(i + ROWS, p->rows), D, type, p->out + i * D * size);
-}
-
-/* ---- times x ----------------------------------------------------------------------------------
+/* Rows of packed weights times a few rows of x, without their numbers.
  *
  * By products of bytes: a row of x becomes integers of 16 bits, relative to its largest number, each
  * in two signed bytes, x = unit * (256 * high + low). That is finer than bfloat16 for all numbers
  * that matter, and sums of integers are exact. Weights are taken as unsigned bytes, 8 bits plus 128,
  * and 4 bits as they are stored where the table is -8 to 7; what that adds is taken off at the end.
  */
+#include <stdlib.h>
+
+#include "packed.h"
 
 #if WIDE
+#include <immintrin.h>
+
 enum { MOST_EIGHT = 6, MOST_FOUR = 6, MOST_TABLE = 3, MOST_SCALES = 1024, LONGEST = 65536 };
 
 typedef struct {
     int8_t *high, *low; /* (wide), zeros behind the end */
-    float *sums;        /* of 32 numbers each, zeros behind them */
+    float *sums;        /* of 32 numbers each, every other one times 16; zeros behind them */
     float unit, sum;
 } Fixed;
 
@@ -172,7 +56,8 @@ static void fix(const bf16 *x, int64_t D, Fixed *f) {
         _mm_storeu_si128((__m128i *)(f->low + k), _mm512_cvtepi32_epi8(low));
         int32_t part = _mm512_reduce_add_epi32(value);
         sum += part;
-        f->sums[k / 32] = (k % 32 ? f->sums[k / 32] : 0.f) + (float)part * f->unit;
+        float worth = (float)part * (k & 32 ? 16.f * f->unit : f->unit);
+        f->sums[k / 32] = (k % 32 ? f->sums[k / 32] : 0.f) + worth;
     }
     for (int64_t g = wide_of(D) / 32; g < scales_of(D); g++) f->sums[g] = 0.f;
     f->sum = (float)sum * f->unit;
@@ -241,15 +126,15 @@ INLINE void eight(const int R, const int B, const Part *p, int64_t row, const In
         }
 }
 
-/* The same of 4 bits whose table is -8 to 7. `scale` (R, scales) has one for each 32 numbers, and a
- * register has twice 32. */
+/* The same of 4 bits whose table is -8 to 7. A register has twice 32 numbers, the second ones where
+ * they are in their bytes, 16 times what they stand for. `scale` (R, scales) has one for each 32,
+ * every other one a sixteenth. */
 INLINE void four(const int R, const int B, const Part *p, int64_t row, const Inputs *in, int64_t b0,
                  const float *scale, int64_t scales, const char **ahead, const char *end) {
     int64_t stride = row_bytes(&p->weight, in->D, 0), blocks = stride / 32;
     const Fixed *x = in->rows + b0;
     const uint8_t *codes = (const uint8_t *)p->weight.data + row * stride;
-    const __m512i lower = _mm512_set1_epi8(15);
-    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i halves = _mm512_inserti64x4(_mm512_set1_epi8(15), _mm256_set1_epi8((char)0xf0), 1);
     __m512 acc[4][2];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
@@ -257,8 +142,7 @@ INLINE void four(const int R, const int B, const Part *p, int64_t row, const Inp
         if (i % 2 == 0) fetch_ahead(ahead, end, R);
         for (int r = 0; r < R; r++) {
             __m256i bytes = _mm256_loadu_si256((const __m256i *)(codes + r * stride));
-            __m512i both = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), shifts);
-            both = _mm512_and_si512(both, lower);
+            __m512i both = _mm512_and_si512(_mm512_broadcast_i64x4(bytes), halves);
             const float *s = scale + r * scales + 2 * i;
             __m512 at = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
             for (int b = 0; b < B; b++) {
@@ -369,11 +253,14 @@ static void four_block(const Part *p, int64_t from, int64_t to, const Inputs *x,
 #define TABLE(R, B) by_table(R, B, p, row, x, m, scale, scales, &ahead, end)
     int64_t row = from, M = x->M, scales = scales_of(x->D);
     int whole = by_integers(&p->weight);
+    const __m512 worth = _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(1.f), _mm512_set1_ps(1.f / 16));
     float scale[4 * MOST_SCALES];
     memset(scale, 0, 4 * scales * sizeof *scale);
     while (row < to) {
         int64_t rows = to - row >= 4 ? 4 : 1;
         for (int64_t r = 0; r < rows; r++) widen_scales(&p->weight, row + r, x->D, scale + r * scales);
+        for (int64_t i = 0; whole && i < rows * scales; i += 16)
+            _mm512_storeu_ps(scale + i, _mm512_mul_ps(_mm512_loadu_ps(scale + i), worth));
         if (whole && rows == 4) ROWS_OF(WHOLE, 4)
         else if (whole) ROWS_OF(WHOLE, 1)
         else if (rows == 4) ROWS_OF(TABLE, 4)

@@ -8,11 +8,20 @@
 #pragma once
 #include "jobs.h"
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define WIDE 1
+#endif
+
 enum { DENSE = 0, EIGHT = 1, FOUR = 2 };
 
 /* Bytes of a row of weights; `size` is that of a number where they are not packed. */
 INLINE int64_t row_bytes(const Weight *w, int64_t D, int64_t size) {
     return w->form == DENSE ? D * size : w->form == EIGHT ? D : (D + 63) / 64 * 32;
+}
+
+INLINE float scale_at(const Weight *w, int64_t index) {
+    return w->scale_type == BFLOAT16 ? widen(((const bf16 *)w->scale)[index])
+                                     : ((const float *)w->scale)[index];
 }
 
 /* Rows [from, to) as numbers of `type`, (to - from, D). */

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from vidlm.native.calls import SHARE, TYPES, pack
+from vidlm.native.calls import SHARE, TYPES, kernels, pack
 from vidlm.native.coded import Cache, Coded
 from vidlm.native.ops import SPAN, WIDEST, buffers
+from vidlm.native.packed import PackedWeight
 from vidlm.native.products import MOST_ROWS, Weight, fields, takes
+
+Pair = tuple[Cache, Cache]
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,7 @@ class StackShape:
 
 @dataclass(frozen=True)
 class StackLayer:
-    """A layer's weights: (D) norms, (O, D) projections with the biases of q, k and v or None, and
-    its keys and values (K, N, E) in blocks of slots, coded or not."""
+    """A layer's weights: (D) norms, (O, D) projections, with the biases of q, k and v or None."""
 
     norm: Tensor
     qkv: Sequence[Weight]
@@ -38,7 +41,6 @@ class StackLayer:
     after: Tensor
     gate_up: tuple[Weight, Weight]
     down: Weight
-    cache: tuple[Cache, Cache]
 
     @property
     def weights(self) -> list[Weight]:
@@ -47,21 +49,68 @@ class StackLayer:
 
     @property
     def tensors(self) -> list[Tensor]:
-        given = [bias for bias in self.biases if bias is not None]
-        numbers = [x for x in self.cache if isinstance(x, Tensor)]
-        return [*given, self.norm, self.after, *numbers]
+        """The others, in their order."""
+        return [*(bias for bias in self.biases if bias is not None), self.norm, self.after]
 
     @property
     def pointers(self) -> list[int]:
-        """In the order of Layer in stack.c."""
+        """In the order of Layer in stack.c, with nothing for its keys and values."""
         rest = [*self.biases, self.norm, self.after]
         weights = (field for weight in self.weights for field in fields(weight))
-        return [*weights, *(0 if x is None else x.data_ptr() for x in rest), *buffers(*self.cache)]
+        return [*weights, *(0 if x is None else x.data_ptr() for x in rest), *GAP]
+
+
+GAP = (0, 0, 0, 0)  # where `buffers` of a layer's keys and values go
+
+
+class StackTable:
+    """Where the weights of a stack's layers and of the norm behind them are: prepared once, and
+    good as long as it does not say that they have `moved`."""
+
+    def __init__(self, layers: Sequence[StackLayer], last: Tensor) -> None:
+        self.layers, self.last, self.dtype = len(layers), last, last.dtype
+        self._array = pack(*chain.from_iterable(layer.pointers for layer in layers))
+        weights = [weight for layer in layers for weight in layer.weights]
+        self._tensors = [*chain.from_iterable(map(_parts, weights)), last]
+        self._tensors += [tensor for layer in layers for tensor in layer.tensors]
+        self._pointers = self._now()
+
+    @classmethod
+    def of(cls, layers: Sequence[StackLayer], last: Tensor, x: Tensor) -> StackTable | None:
+        """None where the kernels cannot take them, with rows like x."""
+        weights = [weight for layer in layers for weight in layer.weights]
+        others = [tensor for layer in layers for tensor in layer.tensors]
+        if takes(x, weights, last, *others) is None:
+            return None
+        return cls(layers, last)
 
     @property
-    def readable(self) -> bool:
-        """Whether the kernels can read what is coded of its keys and values."""
-        return all(x.readable for x in self.cache if isinstance(x, Coded))
+    def moved(self) -> bool:
+        """Whether one of the tensors has got other memory since."""
+        return self._now() != self._pointers
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients are wanted of a weight."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors)
+
+    def filled(self, caches: Sequence[Pair]) -> ctypes.Array[ctypes.c_longlong]:
+        """With keys and values (K, N, E) of each layer: an array of Layer in stack.c."""
+        array = type(self._array).from_buffer_copy(self._array)
+        each = len(array) // self.layers
+        for i, cache in enumerate(caches):
+            end = (i + 1) * each
+            array[end - len(GAP) : end] = list(buffers(*cache))
+        return array
+
+    def _now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors))
+
+
+def _parts(weight: Weight) -> list[Tensor]:
+    if isinstance(weight, PackedWeight):
+        return [x for x in (weight.codes, weight.scale, weight.table) if x is not None]
+    return [weight]
 
 
 @dataclass(frozen=True)
@@ -80,18 +129,20 @@ def takes_rows(count: int) -> bool:
 
 def stack(
     x: Tensor,
-    layers: Sequence[StackLayer],
-    last: Tensor,
+    table: StackTable,
+    caches: Sequence[Pair],
     rope: tuple[Tensor, Tensor],
     places: Places,
     shape: StackShape,
 ) -> Tensor | None:
-    """x (M, D) through all layers and the norm `last` behind them -> (M, D); rope: cos and sin
-    (M, E). New keys and values are stored. None, and nothing done, where the kernels cannot."""
+    """x (M, D) through all layers and the norm behind them -> (M, D); rope: cos and sin (M, E).
+    New keys and values are stored in the caches, keys and values (K, N, E) of each layer, coded or
+    not. None, and nothing done, where the kernels cannot."""
     M, D = x.shape
-    weights = [weight for layer in layers for weight in layer.weights]
-    lib = takes(x, weights, last, *rope, *(t for layer in layers for t in layer.tensors))
-    if lib is None or not all(layer.readable for layer in layers):
+    numbers = [part for cache in caches for part in cache if isinstance(part, Tensor)]
+    coded = [part for cache in caches for part in cache if isinstance(part, Coded)]
+    lib = kernels(x, *rope, *numbers)
+    if lib is None or table.dtype != x.dtype or table.learns or not all(c.readable for c in coded):
         return None
     if not takes_rows(M) or shape.head_dim > WIDEST or shape.head_dim % 2:
         return None
@@ -100,15 +151,15 @@ def stack(
     spans = -(-W * places.block // SPAN)
     scratch = torch.empty(M * H * spans * (E + 2))
     room = x.new_empty(M * (2 * D + 3 * H * E + 2 * K * E + 2 * I))
-    table = pack(*(pointer for layer in layers for pointer in layer.pointers))
+    layers = table.filled(caches)
     x, out = x.clone(), torch.empty_like(x)
-    used = (last, x, out, *rope, places.slots, places.tables, places.lengths, room, scratch)
-    N = layers[0].cache[0].shape[1]
-    numbers = (len(layers), M, D, I, H, K, E, N, W, places.block, spans)
+    used = (table.last, x, out, *rope, places.slots, places.tables, places.lengths, room, scratch)
+    N = caches[0][0].shape[1]
+    sizes = (table.layers, M, D, I, H, K, E, N, W, places.block, spans)
     job = pack(
-        ctypes.addressof(table),
+        ctypes.addressof(layers),
         *(t.data_ptr() for t in used),
-        *numbers,
+        *sizes,
         torch.get_num_threads(),
         SHARE,
     )

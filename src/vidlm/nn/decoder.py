@@ -19,7 +19,7 @@ from vidlm.nn.activation import gated
 from vidlm.nn.attention import attend
 from vidlm.nn.embedding import Embedding
 from vidlm.nn.linear import bare, linear, linears
-from vidlm.nn.stack import decode
+from vidlm.nn.stack import Stack
 from vidlm.nn.step import Step
 
 
@@ -247,11 +247,12 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._stack = Stack()
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         trace = step.trace.hidden
         rope = rope_tables(self.config, step, x.dtype)
-        whole = decode(self.layers, self.norm, x, rope, step)
+        whole = self._stack.decode(self.layers, self.norm, x, rope, step)
         if whole is not None:
             return whole
         for layer in self.layers:

@@ -1,17 +1,22 @@
-"""Weights into 8 and 4 bits: rounding to the nearest, scale by scale, a few rows at a time."""
+"""Weights into 8 and 4 bits: rounding to the nearest, scale by scale; by a kernel on CPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from vidlm import native
+from vidlm.native import PackedWeight
 from vidlm.nn.packed import PackedLinear, Packing
 
 BLOCK = 64  # numbers whose codes of 4 bits lie together; see native/packed.h
-PIECE = 1 << 20  # numbers worked on at a time, some ten bytes each
+# Numbers worked on at a time without the kernel, some twenty bytes each. On CPUs freed pieces leave
+# holes between codes that stay, so they are small; on GPUs each takes a dozen launches.
+PIECE = 1 << 20
+CPU_PIECE = 1 << 16
 
 # The quantiles of a normal distribution that NormalFloat takes (Dettmers et al., QLoRA, arXiv
 # 2305.14314, appendix E), and the values of a 4-bit float with 2 bits of exponent over its largest.
@@ -42,38 +47,56 @@ def packings(group: int | None = None) -> Mapping[str, Packing]:
 
 def pack(weight: Tensor, packing: Packing) -> PackedLinear:
     """A layer without a bias whose weight (O, D) is packed, on the weight's device."""
-    O, D = weight.shape  # noqa: E741
-    rows = max(1, PIECE // max(D, 1))
-    codes_shape, scale_shape = packing.shapes(O, D)
-    codes = torch.empty(
-        codes_shape,
-        dtype=torch.int8 if packing.table is None else torch.uint8,
-        device=weight.device,
+    made = room(weight.shape, packing, weight.device)
+    pack_rows(made.packed, 0, weight)
+    return made
+
+
+def room(shape: Sequence[int], packing: Packing, device: torch.device) -> PackedLinear:
+    """A layer without a bias for a weight (O, D), whose rows are still to be packed."""
+    O, D = shape  # noqa: E741
+    codes, scale = packing.shapes(O, D)
+    kind = torch.int8 if packing.table is None else torch.uint8
+    return PackedLinear(
+        packing,
+        torch.empty(codes, dtype=kind, device=device),
+        torch.empty(scale, dtype=packing.scales, device=device),
+        D,
     )
-    scale = torch.empty(scale_shape, dtype=packing.scales, device=weight.device)
-    for start in range(0, O, rows):
-        part = slice(start, start + rows)
-        given = weight[part].detach().to(torch.float32, copy=True)
-        made = _eight(given) if packing.table is None else _four(given, packing)
-        codes[part], scale[part] = made
-    return PackedLinear(packing, codes, scale, D)
+
+
+def pack_rows(into: PackedWeight, start: int, rows: Tensor) -> None:
+    """Rows (R, D) of a weight, that from `start` on, into its codes and scales.
+
+    One that holds NaN or an infinity stands for nothing of use then, it or with 4 bits its group.
+    """
+    if native.pack_rows(into, start, rows):
+        return
+    each = max(1, (CPU_PIECE if rows.is_cpu else PIECE) // max(into.width, 1))
+    for first in range(0, len(rows), each):
+        given = rows[first : first + each].detach().to(torch.float32, copy=True)
+        made = _eight(given) if into.table is None else _four(given, into)
+        part = slice(start + first, start + first + len(given))
+        into.codes[part], into.scale[part] = made
 
 
 def _eight(w: Tensor) -> tuple[Tensor, Tensor]:
     scale = w.abs().amax(1) / 127
-    return w.div_(_never_zero(scale)[:, None]).round_().to(torch.int8), scale
+    codes = w.div_(_never_zero(scale)[:, None]).round_()
+    # Scales below 1e-43 are so coarse that codes can be larger; NaN is no integer in any case.
+    return codes.clamp_(-127, 127).nan_to_num_(0).to(torch.int8), scale
 
 
-def _four(w: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+def _four(w: Tensor, into: PackedWeight) -> tuple[Tensor, Tensor]:
     rows, D = w.shape
-    assert packing.table is not None
-    groups = torch.nn.functional.pad(w, (0, -D % packing.group)).view(rows, -1, packing.group)
-    table = torch.tensor(packing.table, device=w.device)
+    table = into.table
+    assert table is not None
+    groups = torch.nn.functional.pad(w, (0, -D % into.group)).view(rows, -1, into.group)
     most = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
     # The largest number of a group is kept exactly: by a scale of its sign where the table reaches
     # further down than up, as that of int4 does.
     scale = most / table[0] if -table[0] > table[-1] else most.abs() / table[-1]
-    scale = scale.to(packing.scales)
+    scale = scale.to(into.scale.dtype)
     groups /= _never_zero(scale.float())[:, :, None]
     between = (table[1:] + table[:-1]) / 2
     places = torch.bucketize(groups, between, out_int32=True).view(rows, -1)[:, :D].to(torch.uint8)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from vidlm.native import PackedWeight
 from vidlm.nn.packed import PackedLinear, Packing
-from vidlm.quant.packing import pack
+from vidlm.quant.packing import pack_rows, room
 from vidlm.quant.scheme import Scheme, check_skipped
+from vidlm.weights import TakeRows
 
 
 class Packer:
-    """Packs each weight of a model on the meta device as it arrives, so that it is never in memory
-    with the others: `place` is for `weights.load`, `finish` for what is left then, a head that is
-    tied to the embeddings.
+    """Packs weights of a model on the meta device as their rows arrive, so that not even one is in
+    memory whole: `place` is for `weights.load`, `finish` for what is left then, a head that is tied
+    to the embeddings.
 
     `whole` names parts that the family keeps as they are. Raises InvalidArgument where a name to
     skip is none of the model's.
@@ -24,23 +28,27 @@ class Packer:
         self._model = model
         self._packings = _packings(model, scheme, whole)
 
-    def place(self, name: str, tensor: Tensor) -> bool:
-        """Whether this was the weight of a layer to be packed, which then is in its place."""
+    def place(self, name: str, device: torch.device) -> TakeRows | None:
+        """What packs the rows of this parameter, if it is the weight of a layer to be packed."""
         layer, _, leaf = name.rpartition(".")
         if leaf != "weight" or layer not in self._packings:
-            return False
-        self._pack(layer, tensor)
-        return True
+            return None
+        return partial(pack_rows, self._prepared(layer, device))
 
     def finish(self) -> None:
         for layer in list(self._packings):
-            self._pack(layer, self._model.get_submodule(layer).weight)  # type: ignore[arg-type]
+            weight = self._model.get_submodule(layer).weight
+            assert isinstance(weight, Tensor)
+            pack_rows(self._prepared(layer, weight.device), 0, weight)
 
-    def _pack(self, layer: str, weight: Tensor) -> None:
+    def _prepared(self, layer: str, device: torch.device) -> PackedWeight:
+        """Codes to be written, of a packed layer that is in this one's place already."""
         before = self._model.get_submodule(layer)
-        made = pack(weight, self._packings.pop(layer))
-        made.bias = before.bias  # type: ignore[assignment]
+        assert isinstance(before, nn.Linear)
+        made = room(before.weight.shape, self._packings.pop(layer), device)
+        made.bias = before.bias
         _swap(self._model, layer, made)
+        return made.packed
 
 
 def expect(model: nn.Module, scheme: Scheme, whole: Sequence[str] = ()) -> None:
