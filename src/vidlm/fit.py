@@ -43,7 +43,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Of weights, and of keys and values as EngineOptions.kv_dtype names it."""
+    """Of weights (of those that are not packed) and features, and of keys and values as
+    EngineOptions.kv_dtype names it."""
 
     weights: torch.dtype
     kv: str | None = None

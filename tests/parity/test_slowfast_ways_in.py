@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import slowfast_forms
@@ -22,7 +23,7 @@ from vidlm.compat.llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from vidlm.compat.llava.conversation import conv_templates
 from vidlm.compat.llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from vidlm.compat.llava.model.builder import load_pretrained_model
-from vidlm.errors import InvalidArgument, UnsupportedModel
+from vidlm.errors import InvalidArgument, UnsupportedModel, WeightsError
 from vidlm.hf.slowfast import LlavaQwenSlowFastForCausalLM
 from vidlm.media import load_video
 from vidlm.models.slowfast import SlowFastConfig
@@ -279,6 +280,16 @@ def test_a_cut_vocabulary(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 152064}))
     model = vidlm.AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert model.config.text_config.vocab_size == config["vocab_size"]
+
+
+def test_weights_without_embeddings(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"have no model\.embed_tokens\.weight"):
+        vidlm.AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

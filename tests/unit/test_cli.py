@@ -328,6 +328,9 @@ def test_wrapped_words_fit(pieces: list[str], indent: int, width: int) -> None:
     [
         (InvalidArgument("device_map='x'; allowed: 'cpu'"), 2, "vidlm: --device 'x'; allowed"),
         (InvalidArgument("question=''; ask"), 2, "vidlm: question=''; ask"),
+        (InvalidArgument("a: EngineOptions(kv_dtype='int8')"), 2, "vidlm: a: --kv-dtype int8\n"),
+        (InvalidArgument("a: EngineOptions(kv_dtype=None), b"), 2, "vidlm: a: --kv-dtype auto, b"),
+        (InvalidArgument("EngineOptions(exact=True)"), 2, "vidlm: EngineOptions(exact=True)"),
         (MediaError("two\nlines"), 1, "vidlm: two lines"),
         (PermissionError(13, "Permission denied", "x.png"), 1, "vidlm: x.png: Permission denied"),
         (KeyError("k"), 1, "vidlm: unexpected KeyError: 'k'; run it again with --debug"),

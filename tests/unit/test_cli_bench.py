@@ -149,6 +149,19 @@ def test_a_table_names_the_machine(clip: Path, capsys: pytest.CaptureFixture[str
     assert [line.split()[2] for line in err.splitlines()] == ["load", "run"]
 
 
+def test_figures_say_how_the_model_was_loaded(
+    clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ("--quantize", "int4", "--kv-dtype", "int8")
+    found = told(capsys, "latency", "demo", clip, *SHORT, *how)
+    assert (found["dtype"], found["quantize"], found["kv_dtype"]) == (None, "int4", "int8")
+    assert run("throughput", "demo", clip, "--questions", "2", *SHORT, *how) == 0
+    out, err = capsys.readouterr()
+    named = f"demo, {clip}, quantize int4, kv dtype int8, questions 2, max tokens 3, frames 2"
+    assert out.splitlines()[0] == named
+    assert "demo in int4 with keys and values in int8 on cpu" in err
+
+
 # ---- what it refuses -------------------------------------------------------------------------
 
 

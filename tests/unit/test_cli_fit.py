@@ -18,6 +18,7 @@ from vidlm import plan
 from vidlm.cli.options import Ask
 from vidlm.cli.outcome import outcome
 from vidlm.demo.world import draw_clip, write_mp4
+from vidlm.fit import size
 
 ask = import_module("vidlm.cli.ask")  # the package has a function of this name
 
@@ -86,6 +87,26 @@ def test_memory_counts(
     assert frames(capfd) == 3
     assert run(folder, "clip.mp4", frames=5) == 2
     assert "5 frames take" in capfd.readouterr().err
+
+
+def test_fewer_bits_count(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of weights, and of keys and values: just enough room for three frames, and else for two."""
+    words = {"quantize": "int8", "kv_dtype": "int8"}
+    made = plan.plan(folder, max_tokens=2, **words)
+    words_bytes = made.kv_bytes_per_token * len("What?")
+    room = made.fixed_bytes + words_bytes + 3 * made.bytes_per_frame
+    monkeypatch.setattr(plan, "free_memory", lambda device: room)
+    assert run(folder, "clip.mp4", **words) == 0
+    assert frames(capfd) == 3
+    for fewer in ({"quantize": "int8"}, {"kv_dtype": "int8"}, {}):
+        assert run(folder, "clip.mp4", **fewer) == 0
+        assert frames(capfd) == 2
+    monkeypatch.setattr(plan, "free_memory", lambda device: made.weight_bytes)
+    assert run(folder, "clip.mp4", **words) == 2
+    said = f"the weights take {size(made.weight_bytes)} in int8 and {size(made.unpacked_bytes)} for"
+    assert said in capfd.readouterr().err
 
 
 def test_nothing_is_loaded_that_does_not_fit(

@@ -125,6 +125,28 @@ def test_what_is_not_there(folder: Path, place: Path, told: Told) -> None:
     assert "those of a saved video are chosen" in told().err
 
 
+@pytest.mark.parametrize(("saved", "asked"), [("int8", "auto"), (None, "int8")])
+def test_keys_and_values_keep_their_dtype(
+    folder: Path, place: Path, told: Told, saved: str | None, asked: str
+) -> None:
+    """Another is refused by name; features alone are for all."""
+    assert save(folder, "clip0.mp4", kv_dtype=saved) == 0
+    line = told().err.splitlines()[0]
+    assert ("with keys and values in int8" in line) == (saved == "int8")
+    again = answer(folder, told, "clip0.safetensors", kv_dtype=saved)
+    other = Ask(videos=["clip0.safetensors"], question="What?", model=str(folder), kv_dtype=asked)
+    assert outcome(ask.ask, other) == 2
+    said = told()
+    assert said.out == ""
+    mine, theirs = (None if word == "auto" else word for word in (asked, saved))
+    assert f"whose kv_dtype is {theirs!r}, this one's is {mine!r}; " in said.err
+    assert f"load the model with --kv-dtype {saved or 'auto'}, or save the video again" in said.err
+    assert save(folder, "clip0.mp4", kv_dtype=saved, no_kv=True, force=True) == 0
+    told()
+    features = answer(folder, told, "clip0.safetensors", kv_dtype=asked)
+    assert features["frames"] == again["frames"]
+
+
 def test_it_is_a_command() -> None:
     names = [command.name for command in application().registered_commands]
     assert "index" in names

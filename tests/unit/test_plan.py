@@ -16,7 +16,7 @@ from torch import Tensor
 from paging import Paged
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel, WeightsError
 from vidlm.models.llava import LlavaConfig, LlavaNetwork
-from vidlm.plan import Plan, TextShape, VisionShape, free_memory, plan
+from vidlm.plan import Loading, Plan, TextShape, VisionShape, fit, free_memory, plan
 
 VISION = {
     "model_type": "siglip_vision_model",
@@ -210,7 +210,8 @@ def test_tokens_of_a_frame_are_exact(tmp_path: Path) -> None:
         "min_fast_frames": 16,
         "fast_token_temporal_stride": 4,
     }
-    write(tmp_path, tiny())
+    embeddings = torch.zeros(TEXT["vocab_size"], TEXT["hidden_size"])
+    save_file({"model.embed_tokens.weight": embeddings}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(slow_fast))
     made = plan(tmp_path)
     assert (made.frames, made.frame_tokens, made.tokens_per_frame) == (64, 1296, 20.25)
@@ -232,6 +233,18 @@ def test_memory_that_is_free(tmp_path: Path) -> None:
     assert "at most 5 frames fit into it" in str(made)
     assert "the weights do not fit" in str(plan(tmp_path, memory=bare.weight_bytes - 1))
     assert free_memory() > 0
+
+
+def test_weights_that_do_not_fit_are_refused_as_such(tmp_path: Path) -> None:
+    write(tmp_path, tiny())
+    for words in ({}, {"quantize": "int4"}):
+        made = plan(tmp_path, **words)
+        loading, most = Loading(**words), made.weight_bytes + made.unpacked_bytes
+        with pytest.raises(InvalidArgument, match=r"one frame takes .* 0\.0 kB are free"):
+            fit(tmp_path, memory=most, loading=loading)
+        kind = words.get("quantize", "float32")
+        with pytest.raises(InvalidArgument, match=rf"^the weights take .* in {kind}.* are free"):
+            fit(tmp_path, memory=most - 1, loading=loading)
 
 
 def test_the_dict_is_json_with_all_that_follows(tmp_path: Path) -> None:

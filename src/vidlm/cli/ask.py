@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from vidlm.cli.options import Ask, Index
+from vidlm.cli.loading import load_model, loading
+from vidlm.cli.options import Ask
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import STDIN, check_sources, chosen_frames, is_saved, read
 from vidlm.errors import InvalidArgument
@@ -35,7 +36,7 @@ def ask(given: Ask) -> None:
         media = [read(source) for source in sources]
         if given.fit:
             frames = fitted(given, frames, sources, question, progress)
-        lm = load_model(given, progress)
+        lm = load_model(given.model, given, progress)
         stream = _read(lm, media, question, _keywords(given, frames), progress)
         pieces = _first_token(stream, media, progress)
         if given.json:
@@ -78,6 +79,7 @@ def fitted(
         raise InvalidArgument("--fit is for videos, and an image was given; use --frames instead")
     began = time.perf_counter()
     progress.now(f"looking at {given.model}")
+    told = loading(given)
     named = frames.get("indices") or frames.get("times")
     words = question + (given.system or "")
     most = fit(
@@ -85,9 +87,9 @@ def fitted(
         frames=frames.get("num_frames") if named is None else len(named),
         max_tokens=given.max_tokens or ANSWER_TOKENS,
         prompt_tokens=PROMPT_TOKENS + len(words.encode()),  # a token has at least one byte
-        memory=free_memory(given.device),
-        dtype=given.dtype,
+        memory=free_memory(told.device),
         videos=len(sources),
+        loading=told,
     )
     progress.done(time.perf_counter() - began, "fit", f"at most {most:,} frames of each video")
     return frames if named is not None else {**frames, "max_frames": most}
@@ -103,18 +105,6 @@ def trimmed(pieces: Iterable[str]) -> Iterator[str]:
         if solid:
             yield solid if begun else solid.lstrip()
             begun = True
-
-
-def load_model(given: Ask | Index, progress: Progress) -> LM:
-    began = time.perf_counter()
-    progress.now(f"loading {given.model}")
-    from vidlm.api import load  # brings torch, which takes as long as a small model
-
-    lm = load(given.model, dtype=given.dtype, device=given.device, quantize=given.quantize)
-    dtype = given.quantize or str(lm.model.dtype).removeprefix("torch.")
-    what = f"{given.model} in {dtype} on {lm.model.device}"
-    progress.done(time.perf_counter() - began, "load", what)
-    return lm
 
 
 def _keywords(given: Ask, frames: dict[str, Any]) -> dict[str, Any]:

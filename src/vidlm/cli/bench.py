@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vidlm.cli.loading import load_model
 from vidlm.cli.machine import machine, peak_bytes, sentence
-from vidlm.cli.options import FRAMES, Debug, Dtype, Json, Quantize, command
+from vidlm.cli.options import (
+    FRAMES,
+    Common,
+    Json,
+    Loads,
+    ModelArgument,
+    Working,
+    command,
+)
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import STDIN, check_sources
 from vidlm.errors import InvalidArgument
@@ -32,9 +41,8 @@ QUESTIONS = ("What happens in the video?", "What moves?")
 DRAWN_SECONDS, DRAWN_FPS, DRAWN_SIDE = 10.0, 24, 360
 IN_ORDER_BYTES = 256 << 20  # of frames that are held while they are read one after the other
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for ask.")]
 VideoFile = Annotated[
-    str | None, typer.Argument(metavar="[VIDEO]", help="A path or URL; else a clip is drawn.")
+    str | None, typer.Argument(metavar="VIDEO", help="A path or URL; else a clip is drawn.")
 ]
 FramesOf = Annotated[
     int, typer.Option("--frames", min=1, metavar="N", help="Frames of a video, evenly spread.")
@@ -43,67 +51,51 @@ Tokens = Annotated[
     int, typer.Option("--max-tokens", min=2, metavar="N", help="Length of each answer, in tokens.")
 ]
 Runs = Annotated[int, typer.Option("--runs", min=1, metavar="N", help="How often; medians count.")]
-Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, auto.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latency:
+class Measures(Common):
+    """What is measured, and how often."""
+
+    video: VideoFile = None
+    frames: FramesOf = FRAMES
+    runs: Runs = 3
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Measures, Loads, Working):
+    """A model that answers."""
+
+    model: ModelArgument
+    max_tokens: Tokens = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(Answers):
     """How long one question takes.
 
     Each stage, a second question about the same video, and memory.
     """
 
-    model: Model
-    video: VideoFile = None
-    frames: FramesOf = FRAMES
-    max_tokens: Tokens = 64
-    runs: Runs = 3
-    json: Json = False
-    dtype: Dtype = None
-    quantize: Quantize = None
-    device: Device = None
-    quiet: Quiet = False
-    debug: Debug = False
-
 
 @dataclass(frozen=True, kw_only=True)
-class Throughput:
+class Throughput(Answers):
     """How much faster many questions are at once.
 
     About as many drawn videos, or all about the VIDEO that is given; the same questions one after
     the other, and together.
     """
 
-    model: Model
-    video: VideoFile = None
     questions: Annotated[
         int, typer.Option("--questions", min=2, metavar="N", help="Asked at once.")
     ] = 8
-    frames: FramesOf = FRAMES
-    max_tokens: Tokens = 64
-    runs: Runs = 3
-    json: Json = False
-    dtype: Dtype = None
-    quantize: Quantize = None
-    device: Device = None
-    quiet: Quiet = False
-    debug: Debug = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode:
+class Decode(Measures, Working):
     """How fast frames are read from a video; no model is needed."""
-
-    video: VideoFile = None
-    frames: FramesOf = FRAMES
-    runs: Runs = 3
-    json: Json = False
-    quiet: Quiet = False
-    debug: Debug = False
 
 
 def bench_commands() -> typer.Typer:
@@ -123,7 +115,7 @@ def bench_commands() -> typer.Typer:
 def latency(given: Latency) -> None:
     _check(given.video)
     with Progress(given.quiet) as progress, _clips(given.video, 1) as (source,):
-        lm = _load(given, progress)
+        lm = load_model(given.model, given, progress)
         runs = _repeated(given.runs, progress, lambda: _answer(lm, source, given))
         peak = peak_bytes()
     extra = {} if peak is None else {"peak_gib": peak / 2**30}
@@ -137,7 +129,7 @@ def throughput(given: Throughput) -> None:
         Progress(given.quiet) as progress,
         _clips(given.video, given.questions) as sources,
     ):
-        lm = _load(given, progress)
+        lm = load_model(given.model, given, progress)
         progress.now("reading the frames")
         requests = _requests(lm, sources, given)
         runs = _repeated(given.runs, progress, lambda: _serve_all(lm.engine, requests))
@@ -251,19 +243,6 @@ def _check(video: str | None) -> None:
         check_sources([video])
 
 
-def _load(given: Latency | Throughput, progress: Progress) -> LM:
-    began = time.perf_counter()
-    progress.now(f"loading {given.model}")
-    from vidlm.api import load
-
-    lm = load(given.model, dtype=given.dtype, device=given.device, quantize=given.quantize)
-    dtype = given.quantize or str(lm.model.dtype).removeprefix("torch.")
-    progress.done(
-        time.perf_counter() - began, "load", f"{given.model} in {dtype} on {lm.model.device}"
-    )
-    return lm
-
-
 @contextmanager
 def _clips(video: str | None, count: int) -> Iterator[list[str]]:
     """The video, or so many drawn clips, which no two are alike of."""
@@ -296,7 +275,7 @@ def _repeated(runs: int, progress: Progress, run: Callable[[], Figures]) -> list
 
 
 def _tell(
-    given: Latency | Throughput | Decode,
+    given: Answers | Decode,
     what: str,
     asked: Mapping[str, Any],
     runs: Sequence[Figures],
@@ -307,14 +286,21 @@ def _tell(
     figures = {name: summary([run[name] for run in runs]) for name in runs[0]}
     figures |= {name: summary([value]) for name, value in extra.items()}
     model = {} if isinstance(given, Decode) else {"model": given.model}
+    how = {} if isinstance(given, Decode) else _how(given)
     if given.json:
-        told = {"bench": what, **model, "video": given.video, **asked, "runs": given.runs}
+        told = {"bench": what, **model, "video": given.video, **how, **asked, "runs": given.runs}
         print(json.dumps({**told, "machine": named, "figures": figures}), flush=True)
         return
     about = [*model.values(), given.video or "drawn clips"]
-    about += [f"{name.replace('_', ' ')} {value}" for name, value in asked.items()]
+    said = {**{name: value for name, value in how.items() if value is not None}, **asked}
+    about += [f"{name.replace('_', ' ')} {value}" for name, value in said.items()]
     _show(", ".join(about), figures, given.runs)
     typer.echo(sentence(named))
+
+
+def _how(given: Loads) -> dict[str, str | None]:
+    """What else than the model itself decides how fast it is."""
+    return {name: getattr(given, name) for name in ("dtype", "quantize", "kv_dtype")}
 
 
 def summary(values: Sequence[float]) -> Figures:

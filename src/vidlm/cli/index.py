@@ -6,7 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from vidlm.cli.ask import frame_keywords, load_model
+from vidlm.cli.ask import frame_keywords
+from vidlm.cli.loading import load_model
 from vidlm.cli.options import Index
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import SAVED, STDIN, check_sources, chosen_frames, is_saved, read
@@ -21,7 +22,7 @@ def index(given: Index) -> None:
     if given.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with Progress(given.quiet) as progress:
-        lm = load_model(given, progress)
+        lm = load_model(given.model, given, progress)
         for source, target in zip(given.videos, targets, strict=True):
             began = time.perf_counter()
             progress.now(f"reading {source}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from inspect import Parameter, Signature
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import Parameter, Signature, get_annotations
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -56,6 +56,12 @@ Quantize = Annotated[
         help="int8, int4, nf4: weights in fewer bits.",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", metavar="NAME", help="int8: keys and values in half the room; else auto."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback where something fails.")]
 Videos = Annotated[
     list[str] | None,
@@ -72,7 +78,7 @@ ModelName = Annotated[
         help="A folder, a hub repository, or demo: the small model that comes with vidlm.",
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="As for ask.")]
 DeviceName = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, auto, balanced."),
@@ -81,8 +87,51 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 
 
+# ---- what several commands are told ----------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Common:
+    """Every command."""
+
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Working(Common):
+    """One that tells how far it is."""
+
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads(Common):
+    """One that loads a model, or looks at how it would be."""
+
+    dtype: Dtype = None
+    quantize: Quantize = None
+    kv_dtype: KvDtype = None
+    device: DeviceName = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooses(Common):
+    """One that takes frames of videos."""
+
+    frames: FrameCount = None
+    fps: Rate = None
+    start: Start = None
+    end: End = None
+    sampling: Sampling = None
+    times: Times = None
+    indices: Indices = None
+
+
+# ---- the commands ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(Chooses, Loads, Working):
     """Ask a question about videos or images.
 
     The answer goes to stdout as it comes, progress to stderr.
@@ -93,13 +142,6 @@ class Ask:
         str | None, typer.Argument(metavar="QUESTION", help="In quotes, behind the videos.")
     ] = None
     model: ModelName = MODEL
-    frames: FrameCount = None
-    fps: Rate = None
-    start: Start = None
-    end: End = None
-    sampling: Sampling = None
-    times: Times = None
-    indices: Indices = None
     fit: Annotated[
         bool,
         typer.Option(
@@ -121,20 +163,17 @@ class Ask:
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, metavar="S", help="Makes sampling repeatable.")
     ] = None
-    system: System = None
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")
+    ] = None
     json: Json = False
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print the answer when it is complete.")
     ] = False
-    dtype: Dtype = None
-    quantize: Quantize = None
-    device: DeviceName = None
-    quiet: Quiet = False
-    debug: Debug = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
+class Index(Chooses, Loads, Working):
     """Save what a model makes of videos, to ask about them later without paying again.
 
     A saved video stands wherever ask takes a VIDEO, with the same model. It holds no pixels.
@@ -153,13 +192,6 @@ class Index:
         ),
     ] = None
     model: ModelName = MODEL
-    frames: FrameCount = None
-    fps: Rate = None
-    start: Start = None
-    end: End = None
-    sampling: Sampling = None
-    times: Times = None
-    indices: Indices = None
     no_kv: Annotated[
         bool, typer.Option("--no-kv", help="Features alone: smaller, and a slower first answer.")
     ] = False
@@ -168,15 +200,10 @@ class Index:
         typer.Option("--system", metavar="TEXT", help="The system prompt of later questions."),
     ] = None
     force: Force = False
-    dtype: Dtype = None
-    quantize: Quantize = None
-    device: DeviceName = None
-    quiet: Quiet = False
-    debug: Debug = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Common):
     """See a small model answer about drawn videos.
 
     The model comes with vidlm and knows moving shapes only; the videos are drawn on the spot and
@@ -189,29 +216,26 @@ class Demo:
     seed: Annotated[
         int, typer.Option("--seed", min=0, metavar="S", help="Another seed, other videos.")
     ] = 0
-    debug: Debug = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class Info(Loads):
     """What a model needs, before it is loaded.
 
     Tokens, whether they fit, and memory, from config.json and the headers of the weight files. A
     model that is neither a folder nor in the hub's cache is downloaded first.
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for ask.")]
+    model: ModelArgument
     video: Annotated[
         str | None, typer.Option("--video", metavar="VIDEO", help="Plan for this video.")
     ] = None
     frames: FrameCount = None
-    dtype: Dtype = None
     json: Json = False
-    debug: Debug = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frames:
+class Frames(Chooses):
     """Save the frames that a model would see.
 
     They go into one picture, a contact sheet, each with its number and time.
@@ -222,15 +246,7 @@ class Frames:
         Path | None,
         typer.Option("--output", "-o", metavar="PNG", help="Else <video>_frames.png, here."),
     ] = None
-    frames: FrameCount = None
-    fps: Rate = None
-    start: Start = None
-    end: End = None
-    sampling: Sampling = None
-    times: Times = None
-    indices: Indices = None
     force: Force = False
-    debug: Debug = False
 
 
 def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., None]:
@@ -250,7 +266,15 @@ def command(options: type[Any], run: Callable[[Any], None]) -> Callable[..., Non
                 default=Parameter.empty if field.default is MISSING else field.default,
                 annotation=hints[field.name],
             )
-            for field in fields(options)
+            for field in _in_order(options)
         ]
     )
     return call
+
+
+def _in_order(options: type[Any]) -> list[Field[Any]]:
+    """A command's own options, then those that it shares, as its bases are named: what --help
+    shows. A dataclass has them the other way round."""
+    known = {field.name: field for field in fields(options)}
+    named = dict.fromkeys(name for each in options.__mro__ for name in get_annotations(each))
+    return [known[name] for name in named]

@@ -25,6 +25,8 @@ OPTIONS: Mapping[str, str] = {
     "max_new_tokens": "--max-tokens",
     "top_p": "--top-p",
     "device_map": "--device",
+    "quantization_config": "--quantize",
+    "kv_dtype": "--kv-dtype",
     **{
         name: f"--{name}"
         for name in (
@@ -69,7 +71,8 @@ def show_warnings() -> None:
 
 def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, InvalidArgument):
-        return re.sub(r"^(\w+)=", _as_option, str(error)), USAGE
+        said = re.sub(r"^(\w+)=", _as_option, str(error))
+        return re.sub(r"EngineOptions\((\w+)=(?:None|'(\w+)')\)", _as_switch, said), USAGE
     if isinstance(error, VidlmError):
         return str(error), FAILED
     if isinstance(error, OSError) and error.strerror:
@@ -83,6 +86,12 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
 def _as_option(keyword: re.Match[str]) -> str:
     name = keyword[1]
     return f"{OPTIONS[name]} " if name in OPTIONS else keyword[0]
+
+
+def _as_switch(keyword: re.Match[str]) -> str:
+    """What a message has an engine made with: "EngineOptions(kv_dtype='int8')"."""
+    name, value = keyword[1], keyword[2] or "auto"
+    return f"{OPTIONS[name]} {value}" if name in OPTIONS else keyword[0]
 
 
 def _failed(message: str, code: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vidlm.errors import InvalidArgument, MediaNotFound
 
 if TYPE_CHECKING:
-    from vidlm.cli.options import Ask, Frames, Index
+    from vidlm.cli.options import Chooses
 
 STDIN = "-"
 SAVED = ".safetensors"  # what the names of videos that `vidlm index` saved end with
@@ -27,7 +27,7 @@ def check_sources(sources: Sequence[str]) -> None:
             _check_file(source, alone=len(sources) == 1)
 
 
-def chosen_frames(given: Ask | Frames | Index) -> dict[str, Any]:
+def chosen_frames(given: Chooses) -> dict[str, Any]:
     """Which frames, as keywords of load_video, without what was not given.
 
     Raises InvalidArgument where the choice makes no sense whatever the video.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vidlm.cli.loading import loading
 from vidlm.cli.options import FRAMES, Demo, Frames, Info
 from vidlm.cli.sources import check_sources, chosen_frames, read
 from vidlm.errors import InvalidArgument
@@ -33,14 +35,23 @@ def info(given: Info) -> None:
     from vidlm.media import load_video
     from vidlm.plan import free_memory, plan, sampling
 
-    folder, memory = find(given.model), free_memory()
-    plans = plan(folder, frames=given.frames, dtype=given.dtype, memory=memory)
+    told = loading(given)
+    folder = find(given.model)
+    planned = partial(
+        plan,
+        folder,
+        memory=free_memory(told.device),
+        dtype=told.dtype,
+        quantize=told.quantize,
+        kv_dtype=told.kv_dtype,
+    )
+    plans = planned(frames=given.frames)
     video = None
     if given.video is not None:
         check_sources([given.video])
         taken = sampling(folder) if given.frames is None else {"num_frames": given.frames}
         video = load_video(read(given.video), **taken)
-        plans = plan(folder, frames=len(video), dtype=given.dtype, memory=memory)
+        plans = planned(frames=len(video))
     if given.json:
         about = _about(video) if video else None
         typer.echo(json.dumps({"model": given.model, "video": about, **plans.to_dict()}))

@@ -155,8 +155,8 @@ def saved_scheme(config: Mapping[str, Any], given: Config | None) -> Scheme | No
     scheme = Scheme.from_dict(stored)
     if given is not None and scheme_of(given) != scheme:
         raise InvalidArgument(
-            f"quantization_config={given}, and these weights were saved in {scheme.kind} "
-            f"({scheme}); leave it out, or load the original weights"
+            f"quantization_config={given}, and these weights were saved in {scheme}; leave it out, "
+            "or load the original weights"
         )
     return scheme
 

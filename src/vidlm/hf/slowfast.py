@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vidlm.errors import InvalidArgument
+from vidlm.errors import InvalidArgument, WeightsError
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.forward import AnswerKeywords, answer_output
 from vidlm.hf.image_processing import flat_images
@@ -107,7 +107,12 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
     def adapted(cls, config: SlowFastConfig, folder: Path, options: Mapping[str, Any]) -> Any:
         """The config with the file's vocabulary, which the authors' loader cuts to the tokenizer's
         length."""
-        path = weight_files(folder)[EMBEDDING]
+        path = weight_files(folder).get(EMBEDDING)
+        if path is None:
+            raise WeightsError(
+                f"the weights in {folder} have no {EMBEDDING}, whose rows are the vocabulary; "
+                "check that they are a Slow-Fast model's and completely downloaded"
+            )
         rows = read_safetensors_header(path)[EMBEDDING].shape[0]
         text = replace(config.text_config, vocab_size=rows)
         return replace(config, text_config=text, **options)

@@ -46,6 +46,11 @@ class Scheme:
                 "leave it out"
             )
 
+    def __str__(self) -> str:
+        """As errors name it."""
+        known = {"groups of": self.group, "the head in": self.head, "without": ", ".join(self.skip)}
+        return "; ".join([self.kind, *(f"{how} {what}" for how, what in known.items() if what)])
+
     def packing(self, name: str) -> Packing | None:
         """How the layer of this name is packed; None: it stays as it is."""
         if any(within(name, part) for part in self.skip):
