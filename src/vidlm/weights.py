@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vidlm.errors import UnsupportedModel, WeightsError
 from vidlm.hub import INDEX, TensorEntry, read_safetensors_header, weight_files
+from vidlm.native import LargePages
 
 DTYPES = {
     "F64": torch.float64,
@@ -103,6 +104,7 @@ def load(
     _compare({**dict(model.named_parameters()), **buffers}, stored, folder)
     total = sum(at.entry.stop - at.entry.start for at in stored.values())
     done, room, whole = 0, _Room(), {*buffers, *shared.values()}
+    pages = LargePages()
     for name, at in _in_file_order(stored):
         where = device if isinstance(device, torch.device) else device(name)
         own = buffers[name].dtype if name in buffers else dtype
@@ -111,7 +113,8 @@ def load(
             for start, rows in _rows(at, own, name, room):
                 take(start, rows.to(where))
         else:
-            kept = _read(at, own, name, room).to(where)
+            empty = pages.empty if where.type == "cpu" else torch.empty
+            kept = _read(at, own, name, room, empty).to(where)
             if name not in buffers:
                 kept = nn.Parameter(kept, requires_grad=False)
             _assign(model, name, kept)
@@ -288,9 +291,12 @@ def _torch_dtype(name: str, where: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _read(at: Stored, dtype: torch.dtype, name: str, room: _Room) -> Tensor:
+def _read(
+    at: Stored, dtype: torch.dtype, name: str, room: _Room, empty: Callable[..., Tensor]
+) -> Tensor:
+    """A whole tensor, that `empty` makes of shape and dtype."""
     source = _source(at, dtype, name)
-    out = torch.empty(at.entry.shape, dtype=dtype)
+    out = empty(at.entry.shape, dtype=dtype)
     if source == dtype:
         with at.path.open("rb", buffering=0) as file:
             file.seek(at.entry.start)

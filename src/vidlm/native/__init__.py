@@ -7,6 +7,7 @@ with the legend of vidlm.nn.
 from vidlm.native.coded import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
+from vidlm.native.memory import LargePages
 from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
 from vidlm.native.packing import pack_rows
@@ -19,6 +20,7 @@ __all__ = [
     "SCALE_BYTES",
     "Cache",
     "Coded",
+    "LargePages",
     "PackedWeight",
     "Places",
     "StackLayer",

@@ -45,9 +45,10 @@ def _all_at_once(
     slots = tables[:, :, None].long() * block + torch.arange(block, device=q.device)
     slots = slots.flatten(1)  # (B, S)
     hidden = torch.arange(slots.shape[1], device=q.device) >= lengths[:, None]
+    # A slot that was never written may hold anything, NaN too, so what is filled up is a sequence's
+    # first token, again and again.
+    slots = torch.where(hidden, slots[:, :1], slots)
     k, v = (numbers(x, slots, q.dtype).transpose(0, 1) for x in (keys, values))  # (B, K, S, E)
-    # A slot that was never written may hold anything, NaN too.
-    v = v.masked_fill(hidden[:, None, :, None], 0)
     weights = _weights(q.view(B, len(keys), -1, E), k, hidden[:, None, None])
     return (weights @ v).view_as(q)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -52,15 +52,21 @@ def pack(weight: Tensor, packing: Packing) -> PackedLinear:
     return made
 
 
-def room(shape: Sequence[int], packing: Packing, device: torch.device) -> PackedLinear:
-    """A layer without a bias for a weight (O, D), whose rows are still to be packed."""
+def room(
+    shape: Sequence[int],
+    packing: Packing,
+    device: torch.device,
+    empty: Callable[..., Tensor] = torch.empty,
+) -> PackedLinear:
+    """A layer without a bias for a weight (O, D), whose rows are still to be packed. `empty` makes
+    its tensors, from shape, dtype and device."""
     O, D = shape  # noqa: E741
     codes, scale = packing.shapes(O, D)
     kind = torch.int8 if packing.table is None else torch.uint8
     return PackedLinear(
         packing,
-        torch.empty(codes, dtype=kind, device=device),
-        torch.empty(scale, dtype=packing.scales, device=device),
+        empty(codes, dtype=kind, device=device),
+        empty(scale, dtype=packing.scales, device=device),
         D,
     )
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vidlm.native import PackedWeight
+from vidlm.native import LargePages, PackedWeight
 from vidlm.nn.packed import PackedLinear, Packing
 from vidlm.quant.packing import pack_rows, room
 from vidlm.quant.scheme import Scheme, check_skipped
@@ -27,6 +27,7 @@ class Packer:
     def __init__(self, model: nn.Module, scheme: Scheme, whole: Sequence[str] = ()) -> None:
         self._model = model
         self._packings = _packings(model, scheme, whole)
+        self._pages = LargePages()
 
     def place(self, name: str, device: torch.device) -> TakeRows | None:
         """What packs the rows of this parameter, if it is the weight of a layer to be packed."""
@@ -45,7 +46,7 @@ class Packer:
         """Codes to be written, of a packed layer that is in this one's place already."""
         before = self._model.get_submodule(layer)
         assert isinstance(before, nn.Linear)
-        made = room(before.weight.shape, self._packings.pop(layer), device)
+        made = room(before.weight.shape, self._packings.pop(layer), device, self._pages.empty)
         made.bias = before.bias
         _swap(self._model, layer, made)
         return made.packed

@@ -1,0 +1,86 @@
+"""native/memory.py: tensors side by side in large pages."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vidlm.native import memory
+from vidlm.native.memory import CHUNK, PAGE, LargePages
+
+SHAPES = st.lists(st.integers(0, 90), max_size=3).map(tuple)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64])
+linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has none")
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(SHAPES, DTYPES), min_size=1, max_size=8))
+def test_each_has_memory_of_its_own(wanted: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
+    pages = LargePages()
+    made = [pages.empty(shape, dtype) for shape, dtype in wanted]
+    for number, tensor in enumerate(made):
+        tensor.fill_(number)
+    for number, (tensor, (shape, dtype)) in enumerate(zip(made, wanted, strict=True)):
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+        assert tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
+        assert bool((tensor == number).all())
+
+
+@linux
+def test_chunks_begin_at_large_pages_and_hold_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = []
+    real = memory._mapped
+    monkeypatch.setattr(memory, "_mapped", lambda size: mapped.append(real(size)) or mapped[-1])
+    pages = LargePages()
+    first, second = (pages.empty((3, 100), torch.float32) for _ in range(2))
+    large = pages.empty((CHUNK + 1,), torch.int8)
+    assert second.data_ptr() - first.data_ptr() == 1216  # 1200, and to the next line
+    assert [tensor.data_ptr() % PAGE for tensor in (first, large)] == [0, 0]
+    assert [len(chunk) for chunk in mapped] == [CHUNK, CHUNK + PAGE]
+
+
+@linux
+def test_tensors_keep_their_memory_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapped(mmap.mmap):
+        """Can be looked at from afar."""
+
+    held = []
+    monkeypatch.setattr(mmap, "mmap", lambda *given, **more: kept(Mapped(*given, **more), held))
+    pages = LargePages()
+    tensor = pages.empty((1000,), torch.float32).fill_(7)
+    del pages
+    gc.collect()
+    assert held[0]() is not None
+    assert bool((tensor == 7).all())
+    del tensor
+    gc.collect()
+    assert held[0]() is None
+
+
+def kept(made: mmap.mmap, held: list[weakref.ref[mmap.mmap]]) -> mmap.mmap:
+    held.append(weakref.ref(made))
+    return made
+
+
+@linux
+def test_a_system_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *given: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert bool((LargePages().empty((5,), torch.float32).fill_(2) == 2).all())
+
+
+def test_other_systems_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_mapped", lambda size: pytest.fail("it was mapped"))
+    assert LargePages().empty((4, 5), torch.float32, torch.device("meta")).shape == (4, 5)
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert LargePages().empty([4, 5], torch.bfloat16).shape == (4, 5)
