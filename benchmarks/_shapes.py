@@ -7,14 +7,13 @@ common that a cache could keep, so each run of a benchmark costs what a first qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import NAVIT, QWEN_2B
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
 BEFORE, AFTER = 10, 20  # tokens of text around the video
@@ -127,6 +126,25 @@ QWEN2_05B = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
+QWEN_2B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+NAVIT = {
+    "model_type": "video_llama_3_vision",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 INTERLEAVE = {
     "image_token_index": 151646,
     "vision_feature_layer": -1,
@@ -171,18 +189,35 @@ def tiny(shape: Shape) -> Shape:
     )
 
 
-def write(folder: Path, shape: Shape, dtype: torch.dtype) -> int:
-    """A checkpoint with random weights; returns their bytes.
+def write(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """A checkpoint of a shape.
 
     Layers keep their input's size and embeddings are small beside what layers add: with tied ones,
     a larger embedding would make every answer a repetition of the prompt's last token, and answers
     that agree would show nothing.
     """
+
+    def deviation(name: str, weight: Tensor) -> float:
+        small = weight.ndim < 2 or "embed_tokens" in name
+        return 0.05 if small else weight[0].numel() ** -0.5
+
+    write_random(folder, shape.family, shape.config(), dtype, deviation)
+
+
+def write_random(
+    folder: Path,
+    family: str,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    deviation: Callable[[str, Tensor], float],
+) -> nn.Module:
+    """A checkpoint of any family, and the model that it was written from: normal weights, always
+    the same, of a standard deviation that may depend on a weight's name; norms are 1."""
     import vidlm
 
-    config = getattr(vidlm, f"{shape.family}Config").from_dict(shape.config())
+    made = getattr(vidlm, f"{family}Config").from_dict(config)
     with torch.device("meta"):
-        model = getattr(vidlm, f"{shape.family}ForConditionalGeneration")(config)
+        model = getattr(vidlm, f"{family}ForConditionalGeneration")(made)
     model = model.to(dtype).to_empty(device="cpu")
     model.tie()
     generator = torch.Generator().manual_seed(0)
@@ -191,8 +226,6 @@ def write(folder: Path, shape: Shape, dtype: torch.dtype) -> int:
             if "norm" in name and name.endswith("weight"):
                 weight.fill_(1)
             else:
-                small = weight.ndim < 2 or "embed_tokens" in name
-                scale = 0.05 if small else weight[0].numel() ** -0.5
-                weight.normal_(0, scale, generator=generator)
+                weight.normal_(0, deviation(name, weight), generator=generator)
     model.save_pretrained(folder)
-    return sum(p.nbytes for p in model.parameters())
+    return model

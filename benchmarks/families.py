@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _shapes import NAVIT, QWEN_2B, write_random
 from torch import Tensor
-
-import vidlm
 
 VICUNA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
 LONG = {"rope_scaling": {"type": "linear", "factor": 2.5}}
@@ -50,25 +49,6 @@ CLIP = {
     "num_attention_heads": 16,
     "patch_size": 14,
     "projection_dim": 768,
-}
-NAVIT = {
-    "model_type": "video_llama_3_vision",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-}
-QWEN_2B = {
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
 }
 QWEN_7B = {
     **QWEN_2B,
@@ -170,23 +150,14 @@ print(json.dumps(seen))
 def write(folder: Path, shape: Shape, layers: int) -> dict[str, int]:
     """A checkpoint and its prompt; returns its parameters and bytes."""
     text = shape.text if shape.whole else {**shape.text, "num_hidden_layers": layers}
-    kind = getattr(vidlm, f"{shape.family}Config")
-    config = kind.from_dict({"text_config": text, **shape.top})
-    with torch.device("meta"):
-        model = getattr(vidlm, f"{shape.family}ForConditionalGeneration")(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    model.tie()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                weight.fill_(1)
-            else:
-                weight.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder)
+    config = {"text_config": text, **shape.top}
+    model = write_random(folder, shape.family, config, torch.bfloat16, lambda name, weight: 0.02)
     torch.save(shape.inputs(*shape.prompt), folder / "inputs.pt")
-    sizes = [p.numel() for p in model.parameters()]
-    return {"parameters": sum(sizes), "bytes": 2 * sum(sizes)}
+    weights = list(model.parameters())
+    return {
+        "parameters": sum(w.numel() for w in weights),
+        "bytes": sum(w.nbytes for w in weights),
+    }
 
 
 def once(library: str, family: str, folder: Path) -> dict[str, float]:

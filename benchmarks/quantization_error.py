@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,21 +32,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from _drift import Drift, decoded, described, inputs_of
 from torch import Tensor, nn
 
 from vidlm.api import load
 from vidlm.cli.machine import machine
 from vidlm.demo.evaluate import evaluate
-from vidlm.demo.questions import ask_one
-from vidlm.demo.world import draw_clip, write_mp4
 from vidlm.engine import Request, generate
-from vidlm.engine.forward import Newest, Part, decode, prefill
-from vidlm.engine.inputs import PromptInputs
-from vidlm.engine.kv import PagedKV, Table
-from vidlm.engine.options import BLOCK
-from vidlm.models.base import Prompt, VideoModel, finished
+from vidlm.models.base import Prompt, VideoModel
 from vidlm.nn.step import packed
 from vidlm.quant import PRESETS, BitsAndBytesConfig, Packer, preset, quantize
 from vidlm.types import SamplingParams
@@ -103,74 +96,17 @@ SCHEMES: dict[str, Scheme] = {
 # ---- what is measured ---------------------------------------------------------------------------
 
 
-@dataclass
-class Drift:
-    """How far logits (n, V) are from those of the reference, over all that was added."""
-
-    wrong: float = 0.0
-    whole: float = 0.0
-    same: int = 0
-    tokens: int = 0
-
-    def add(self, logits: Tensor, reference: Tensor) -> None:
-        logits, reference = (x - x.mean(-1, keepdim=True) for x in (logits, reference))
-        self.wrong += float((logits - reference).double().square().sum())
-        self.whole += float(reference.double().square().sum())
-        self.same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-        self.tokens += len(reference)
-
-    @property
-    def error(self) -> float:
-        return math.sqrt(self.wrong / self.whole)
-
-    @property
-    def share(self) -> float:
-        return self.same / self.tokens
-
-
-@torch.inference_mode()
-def decoded(
-    model: VideoModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Logits (n, V) that each token of an answer is chosen by, by the steps of an engine."""
-    room = [-(-(len(p.ids) + len(a)) // BLOCK) for p, a in zip(prompts, answers, strict=True)]
-    starts = [sum(room[:i]) for i in range(len(room))]
-    blocks = [range(start, start + count) for start, count in zip(starts, room, strict=True)]
-    kv, tables = PagedKV(sum(room), BLOCK, model.device), [Table(each) for each in blocks]
-    rows = [
-        [prefill(model, kv, [Part.of(_inputs(model, prompt), prompt.ids, 0, table)])]
-        for prompt, table in zip(prompts, blocks, strict=True)
-    ]
-    for step in range(max(map(len, answers)) - 1):
-        live = [i for i, answer in enumerate(answers) if step < len(answer) - 1]
-        stops = [len(prompts[i].ids) + step + 1 for i in live]
-        newest = [
-            Newest(answers[i][step], stop, tables[i], None)
-            for i, stop in zip(live, stops, strict=True)
-        ]
-        for i, row in zip(live, decode(model, kv, newest).split(1), strict=True):
-            rows[i].append(row)
-    return [torch.cat(each) for each in rows]
-
-
 @torch.inference_mode()
 def at_once(
     model: VideoModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """The same logits, of each prompt and answer in a single pass."""
+    """The logits of `decoded`, of each prompt and answer in a single pass."""
     made = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        x = _inputs(model, prompt).rows([*prompt.ids, *answer[:-1]], 0)
+        x = inputs_of(model, prompt).rows([*prompt.ids, *answer[:-1]], 0)
         hidden = model.hidden(x, packed([len(x)], model.device))
         made.append(model.logits(hidden[len(prompt.ids) - 1 :]).float())
     return made
-
-
-def _inputs(model: VideoModel, prompt: Prompt) -> PromptInputs:
-    assert not model.has_memory
-    inputs = PromptInputs(model, prompt, None)
-    finished(inputs.encoding())
-    return inputs
 
 
 WAYS = {"": decoded, "_at_once": at_once}
@@ -233,17 +169,7 @@ def smollm2(tokens: int) -> Subject:
 
 
 def demo(clips: int, tokens: int, seed: int) -> Subject:
-    """Descriptions of clips with three shapes: the longest answers that it gives."""
-    rng = np.random.default_rng((KEY, seed))
-    lm, prompts = load("demo"), list[Prompt]()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        for _ in range(clips):
-            clip = draw_clip(rng, count=3)
-            write_mp4(clip, path)
-            asked = ask_one(clip, "describe", rng)
-            assert asked is not None
-            prompts.append(lm.video(path).prompt(asked.question))
+    prompts = described(load("demo"), clips, (KEY, seed))
     return Subject(lambda: load("demo").model, prompts, tokens)
 
 

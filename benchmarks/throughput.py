@@ -10,6 +10,8 @@ known videos      a second question about each, so that hardly anything but deco
 one video         as many questions about one new video, all at once
 second question   its first token's seconds, beside those of the first question
 transformers      one batch of as many videos (sdpa), where keys and values fit into memory
+bandwidth         what a token's step has to read (weights, keys and values) in the time that it
+                  took, over what a copy in this run reads and writes; alone and all at once
 
 Answers together must be those alone, in float32 token by token; in bfloat16 the number of answers
 that are the same throughout is told.
@@ -29,10 +31,10 @@ from typing import Any
 
 import torch
 from _shapes import SHAPES, Inputs, write
-from _sides import LIBRARIES, Side, agree, free_bytes, load
+from _sides import LIBRARIES, Side, agree, free_bytes, load, timed
 from latency import TOLERANCE, about, chosen, number_type, options, rounded
 
-from vidlm.engine import Engine, Request
+from vidlm.engine import Engine, EngineOptions, Request
 from vidlm.models.base import Prompt
 from vidlm.types import SamplingParams
 
@@ -83,6 +85,7 @@ class Bench:
     theirs: Side
     videos: int
     tokens: int
+    cuda_graphs: bool = False
 
     def requests(self, first: int, question: int = 0) -> list[Request]:
         """The same question about each of `videos` videos, from a seed on."""
@@ -97,15 +100,16 @@ class Bench:
 
     def engine(self, run: int, same: list[bool]) -> Figures:
         """Ours; whether each answer was the same alone and together goes into `same`."""
-        engine = Engine(self.ours.model)
+        engine = Engine(self.ours.model, options=EngineOptions(cuda_graphs=self.cuda_graphs))
+        self.fresh(engine)
         new = [serve(engine, [request]) for request in self.requests(1000 * run)]
         known = [serve(engine, [request]) for request in self.requests(1000 * run, 1)]
         both = serve(engine, self.requests(1000 * run, 2))
         alone = [serve(engine, [request]) for request in self.requests(1000 * run, 2)]
         same += [one.ids[0] == ids for one, ids in zip(alone, both.ids, strict=True)]
-        engine.clear()
+        self.fresh(engine)
         together = serve(engine, self.requests(1000 * run + 500))
-        engine.clear()
+        self.fresh(engine)
         about_one = serve(engine, [self.request(1000 * run + 900, q) for q in range(self.videos)])
         assert both.rate is not None, "known videos, and yet never all at once"
         return {
@@ -117,6 +121,14 @@ class Bench:
             "first_question_first_token_seconds": statistics.median(s.first for s in new),
             "second_question_first_token_seconds": statistics.median(s.first for s in known),
         }
+
+    def fresh(self, engine: Engine) -> None:
+        """Forget everything; recordings are made before anything is timed, by text as long."""
+        engine.clear()
+        if self.cuda_graphs:
+            params = SamplingParams(max_new_tokens=self.tokens)
+            ids = [self.ours.shape.text_prompt(i)["input_ids"][0] for i in range(self.videos)]
+            serve(engine, [Request(Prompt(tuple(each.tolist())), params) for each in ids])
 
     def batch(self, run: int) -> Figures:
         """transformers: all in one call."""
@@ -132,11 +144,44 @@ class Bench:
 
     def batch_fits(self, device: str) -> bool:
         """Keys and values, those of a layer twice as they grow, and 2 GiB for all else."""
+        length = self.ours.shape.prompt_tokens + self.tokens
+        return 1.3 * self.token_bytes * length * self.videos + (2 << 30) < free_bytes(device)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values."""
         text = self.ours.shape.text
         head = text["hidden_size"] // text["num_attention_heads"]
-        token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head * 2
-        length = self.ours.shape.prompt_tokens + self.tokens
-        return 1.3 * token * length * self.videos + (2 << 30) < free_bytes(device)
+        numbers = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head
+        return int(numbers) * self.ours.model.dtype.itemsize
+
+    def step_bytes(self, answers: int) -> int:
+        """What a step in the middle of so many answers has to read: each weight once, and what is
+        stored of each answer."""
+        model, length = self.ours.model, self.ours.shape.prompt_tokens + self.tokens // 2
+        weights = sum(p.nbytes for p in (*model.decoder.layers.parameters(), model.head.weight))
+        return weights + answers * length * self.token_bytes
+
+    def bandwidth(self, medians: Figures, copied: float) -> Figures:
+        """The part of it that decoding takes, of `copied` bytes a second."""
+        alone = medians["known_alone_tokens_per_second"]
+        together = medians["known_together_tokens_per_second"] / self.videos
+        return {
+            "copy_gb_per_second": copied / 1e9,
+            "alone": self.step_bytes(1) * alone / copied,
+            "together": self.step_bytes(self.videos) * together / copied,
+        }
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes a second that a copy of so many reads and writes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, seconds = torch.zeros_like(source), []
+    for _ in range(7):
+        with timed(device) as took:
+            target.copy_(source)
+        seconds += took
+    return 2 * size / statistics.median(seconds)
 
 
 def _rate(served: Sequence[Served]) -> float:
@@ -150,7 +195,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         write(Path(place), shape, dtype)
         ours, theirs = (load(lib, shape, Path(place), dtype, args.device) for lib in LIBRARIES)
-        bench = Bench(ours, theirs, args.videos, args.tokens)
+        bench = Bench(ours, theirs, args.videos, args.tokens, args.cuda_graphs)
         agreement = agree(ours, theirs, args.tokens, TOLERANCE[dtype])
         same: list[bool] = []
         turns: dict[str, Callable[[int], Figures]] = {"vidlm": lambda run: bench.engine(run, same)}
@@ -163,15 +208,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if dtype == torch.float32 and not all(same):
         raise SystemExit(f"answers together differ from those alone: {same}")
     medians = {who: _medians(figures) for who, figures in runs.items()}
+    copied = copy_rate(ours.model.device, (16 if args.tiny else 512) << 20)
     return {
         "benchmark": "throughput",
         "shape": name,
         **about(shape, args),
         "videos": args.videos,
+        "cuda_graphs": args.cuda_graphs,
         "absent": sorted({"transformers_batch"} - turns.keys()),
         "agreement": {"transformers": vars(agreement), "same_together": f"{sum(same)}/{len(same)}"},
         **{who: rounded(figures) for who, figures in medians.items()},
         "ratios": rounded(ratios(medians)),
+        "bandwidth": rounded(bench.bandwidth(medians["vidlm"], copied)),
     }
 
 
@@ -207,6 +255,9 @@ def main() -> None:
     options(parser)
     parser.set_defaults(runs=1)
     parser.add_argument("--videos", type=int, default=8)
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="decode by recordings, as a GPU alone can"
+    )
     parser.add_argument("--only", choices=SMALL, nargs="+", default=list(SMALL))
     args = parser.parse_args()
     for name in args.only:

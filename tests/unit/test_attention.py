@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_later_tokens_do_not_matter(lengths: list[int]) -> None:
     after = attend(q, k, v, step, layer=0)
     assert torch.equal(before[:3], after[:3])
     assert not torch.isclose(before[3:], after[3:]).all(dim=-1).any()
+
+
+@settings(max_examples=40)
+@given(n=st.integers(1, 9), past=st.integers(1, 20), heads=st.sampled_from(HEADS))
+def test_later_chunks_as_gpus_are_told_of_them(n: int, past: int, heads: tuple[int, int]) -> None:
+    """A mask without entries, which torch's flash kernel takes, means what the other one says."""
+    q, k, v = qkv(past + n, heads)
+    q, keys, values = q[past:], k.transpose(0, 1), v.transpose(0, 1)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    mask = attention._at_the_end(n, past + n, on_gpu)
+    assert mask.numel() == 2
+    batch = (x[None] for x in (q.transpose(0, 1), keys, values))
+    found = scaled_dot_product_attention(*batch, attn_mask=mask, enable_gqa=True)
+    wanted = attention._prefill(q, keys, values)
+    torch.testing.assert_close(found[0].transpose(0, 1), wanted, **CLOSE)
 
 
 def test_every_patch_sees_every_other() -> None:

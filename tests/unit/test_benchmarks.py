@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -20,24 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "benchmarks"
-TINY = ("--tiny", "--runs", "1", "--tokens", "4", "--device", "cpu")
+from benchmark_scripts import SCRIPTS, lines
+
+TINY = ("--tiny", "--runs", "1", "--tokens", "4")
+CPU = ("--device", "cpu")
 TIMES = ("vision_seconds", "prefill_seconds", "first_token_seconds", "whole_seconds")
-
-
-def lines(script: str, *words: str) -> list[dict[str, Any]]:
-    """What a benchmark prints: one JSON object a line, and nothing else."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *TINY, *words],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -66,7 +51,7 @@ def throughput(scripts: None) -> ModuleType:
 
 
 def test_latency_runs() -> None:
-    (found,) = lines("latency.py", "--only", "videollama3-2b")
+    (found,) = lines("latency.py", *TINY, *CPU, "--only", "videollama3-2b")
     assert (found["benchmark"], found["shape"], found["tiny"]) == (
         "latency",
         "videollama3-2b",
@@ -83,11 +68,13 @@ def test_latency_runs() -> None:
 
 
 def test_throughput_runs() -> None:
-    (found,) = lines("throughput.py", "--only", "llava-gqa-0.5b", "--videos", "3")
+    words = ("--only", "llava-gqa-0.5b", "--videos", "3")
+    (found,) = lines("throughput.py", *TINY, *CPU, *words)
     assert (found["videos"], found["agreement"]["same_together"]) == (3, "3/3")
     assert found["agreement"]["transformers"]["equal"] == 4
     assert all(value > 0 for value in found["vidlm"].values())
     assert all(value > 0 for value in found["transformers_batch"].values())
+    assert all(value > 0 for value in found["bandwidth"].values())
     assert all(value > 0 for value in found["ratios"].values())
 
 
@@ -123,6 +110,43 @@ def test_a_text_prompt_is_as_long_and_has_no_placeholder(shapes: ModuleType) -> 
         ids = [shape.text_prompt(seed)["input_ids"] for seed in range(20)]
         assert all(each.shape == shape.ids(0).shape for each in ids)
         assert not specials & set(torch.cat(ids).flatten().tolist())
+
+
+def test_random_checkpoints(shapes: ModuleType, tmp_path: Path) -> None:
+    shape = shapes.tiny(shapes.SHAPES["llava-gqa-0.5b"])
+
+    def deviation(name: str, weight: torch.Tensor) -> float:
+        return 0.5 if name.endswith("embed_tokens.weight") else 0.02
+
+    how = (shape.family, shape.config(), torch.float32, deviation)
+    model, again = (shapes.write_random(tmp_path / name, *how) for name in "ab")
+    assert (tmp_path / "a" / "model.safetensors").is_file()
+    for (name, weight), (_, same) in zip(
+        model.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert torch.equal(weight, same)
+        if "norm" in name and name.endswith("weight"):
+            assert bool((weight == 1).all())
+        elif weight.numel() > 4000:
+            assert float(weight.detach().std()) == pytest.approx(deviation(name, weight), rel=0.1)
+
+
+def test_families_write_the_layers_that_they_are_told(
+    scripts: None, shapes: ModuleType, tmp_path: Path
+) -> None:
+    families = import_module("families")
+    small = shapes.tiny(shapes.SHAPES["llava-gqa-0.5b"])
+    top = {**small.top, "vision_config": dict(small.vision)}
+    shape = families.Shape(
+        small.family, dict(small.text), top, families.frames, (58, 16, small.placeholder)
+    )
+    sizes = [families.write(tmp_path / str(layers), shape, layers) for layers in (1, 2)]
+    assert all(size["bytes"] == 2 * size["parameters"] for size in sizes)
+    told = json.loads((tmp_path / "1" / "config.json").read_text())["text_config"]
+    assert told["num_hidden_layers"] == 1 < small.text["num_hidden_layers"]
+    assert sizes[0]["parameters"] < sizes[1]["parameters"]
+    inputs = torch.load(tmp_path / "1" / "inputs.pt")
+    assert int((inputs["input_ids"] == small.placeholder).sum()) == 8 * 16
 
 
 # ---- arithmetic ------------------------------------------------------------------------------
@@ -223,6 +247,17 @@ def test_the_rate_of_many_counts_only_while_all_are_answered(throughput: ModuleT
     assert (served.first, served.whole) == (1.0, 4.0)
     one_by_one = throughput.Served(ids, ((1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0)))
     assert one_by_one.rate is None
+
+
+def test_bandwidth_is_of_what_a_step_reads(throughput: ModuleType, shapes: ModuleType) -> None:
+    """Weights once for all answers, keys and values of each: 100 + 30, and 100 + 4 x 30 bytes."""
+    shape = shapes.tiny(shapes.SHAPES["llava-gqa-0.5b"])
+    bench = throughput.Bench(SimpleNamespace(shape=shape, model=None), None, videos=4, tokens=8)
+    bench.step_bytes = lambda answers: 100 + 30 * answers
+    rates = {"known_alone_tokens_per_second": 10.0, "known_together_tokens_per_second": 20.0}
+    found = bench.bandwidth(rates, copied=2600.0)
+    assert found["alone"] == pytest.approx(130 * 10 / 2600)
+    assert found["together"] == pytest.approx(220 * 20 / 4 / 2600)
 
 
 # ---- what peers read -------------------------------------------------------------------------

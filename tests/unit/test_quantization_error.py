@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmark_scripts import SCRIPTS, lines
+
 PAGE = "# Errors\n\n{}\nold\n{}\n\nMore.\n"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     return import_module("quantization_error")
 
 
@@ -62,24 +58,10 @@ def test_it_runs(script: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.format(*script.MARKS))
     words = ["--models", "demo", "--n", "12", "--clips", "2", "--table", str(page)]
-    found = run(*words, "--only", "float32", "bitsandbytes nf4")
+    (found,) = lines("quantization_error.py", *words, "--only", "float32", "bitsandbytes nf4")
     assert found["demo"]["tokens"] >= 2 * found["demo"]["shortest"] > 20
     rounding, four = (each["demo"] for each in found["schemes"].values())
     for way in ("error", "error_at_once"):
         assert 0 < rounding[way] < four[way] < 0.2
     assert rounding["same"] == 1
     assert "| float32 | " in page.read_text()
-
-
-def run(*words: str) -> dict[str, Any]:
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "quantization_error.py"), *words],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found

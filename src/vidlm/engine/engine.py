@@ -237,7 +237,7 @@ class Engine:
 
     def _clear(self) -> None:
         if self._runner.groups:
-            self._runner.scheduler.forget()
+            self._runner.forget()
             self._store.features.clear()
         else:
             self._build()

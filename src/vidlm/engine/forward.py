@@ -13,6 +13,7 @@ from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.kv import PagedKV, Table
 from vidlm.models.base import VideoModel
 from vidlm.nn.step import Memory, Step
+from vidlm.nn.upload import upload
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def prefill(model: VideoModel, kv: PagedKV, parts: Sequence[Part]) -> Tensor:
     lengths = tuple(len(part.x) for part in parts)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in parts])
     pages = kv.pages([part.table for part in parts], [part.stop for part in parts], lengths)
-    step = Step(positions.to(kv.device), lengths, pages=pages)
+    step = Step(upload(positions, kv.device), lengths, pages=pages)
     memory = tuple(part.memory for part in parts)
     if any(memory):
         step = replace(step, memory=memory, readers=torch.cat([_readers(part) for part in parts]))
     hidden = model.hidden(torch.cat([part.x for part in parts]), step)
     rows = [row for row, part in zip(step.last_rows(), parts, strict=True) if part.wanted]
-    return model.logits(hidden[rows]).float()
+    return model.logits(hidden[kv.tensor(rows)]).float()
 
 
 def decode(model: VideoModel, kv: PagedKV, newest: Sequence[Newest]) -> Tensor:

@@ -12,6 +12,7 @@ from vidlm.engine.features import FeatureCache
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Encoded, Media, Prompt, VideoModel, memory_of
 from vidlm.nn.step import Memory
+from vidlm.nn.upload import upload
 
 
 class PromptInputs:
@@ -93,13 +94,14 @@ class PromptInputs:
     def rows(self, ids: Sequence[int], start: int) -> Tensor:
         """The tokens `ids` (n,), which stand at `start` of prompt and answer, embedded: (n, D)."""
         device, stop = self._model.device, start + len(ids)
-        x = self._model.embed(torch.tensor(ids, device=device))
+        x = self._model.embed(upload(torch.tensor(ids), device))
         for i, (begin, end) in self._stretches.items():
             if begin < stop and start < end:
                 places = self._places[i]
                 first, last = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
-                rows = (places[first:last] - start).to(device)
-                x = x.index_copy(0, rows, self._feature(i).tokens[first:last].to(x))
+                rows = upload(places[first:last] - start, device)
+                tokens = upload(self._feature(i).tokens[first:last], device, x.dtype)
+                x = x.index_copy(0, rows, tokens)
         return x
 
     @property

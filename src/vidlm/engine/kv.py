@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidlm.native import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.nn.step import Pages
+from vidlm.nn.upload import upload
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ class PagedKV:
         return Pages(
             self.layer,
             block,
-            self._padded(rows, stops).to(self.device),
+            upload(self._padded(rows, stops), self.device),
             self.tensor(stops, np.int32),
             self.tensor(slots),
             (),
@@ -106,7 +107,7 @@ class PagedKV:
 
     def tensor(self, values: Sequence[int], dtype: type[np.integer[Any]] = np.int64) -> Tensor:
         """(n,) on the device; by way of numpy, which takes a third of the time."""
-        return torch.from_numpy(np.array(values, dtype)).to(self.device)
+        return upload(torch.from_numpy(np.array(values, dtype)), self.device)
 
     def _padded(self, rows: Sequence[NDArray[np.int32]], stops: Sequence[int]) -> Tensor:
         """The blocks of each sequence's first `stops` tokens: (B, W)."""

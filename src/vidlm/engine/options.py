@@ -28,6 +28,8 @@ class EngineOptions:
     exact          every token is computed in the same shapes whoever else is served and whatever
                    was cached, so that in bfloat16, too, an answer is the same alone and in company;
                    media are encoded and answers decoded one after the other
+    cuda_graphs    whether a GPU decodes by recordings of its kernels, made at the first step of a
+                   kind; for models that are on one GPU as a whole and have no memory
     kv_dtype       what keys and values are stored as: "int8", which takes half of bfloat16's room
                    and changes answers a little; None: the model's dtype
     """
@@ -39,6 +41,7 @@ class EngineOptions:
     idle_chunk: int = 2048
     share: bool = True
     exact: bool = False
+    cuda_graphs: bool = False
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +52,11 @@ class EngineOptions:
         if self.kv_dtype not in KV_DTYPES:
             raise InvalidArgument(
                 f"kv_dtype={self.kv_dtype!r}; allowed: 'int8', or None for the model's dtype"
+            )
+        if self.exact and self.cuda_graphs:
+            raise InvalidArgument(
+                "exact=True and cuda_graphs=True exclude each other: recordings have other shapes "
+                "in company than alone; leave one of them out"
             )
         if self.feature_bytes < 0:
             raise InvalidArgument(f"feature_bytes={self.feature_bytes}; allowed: 0 (none) or more")

@@ -18,6 +18,7 @@ from torch import Tensor
 from vidlm.engine import beam, forward
 from vidlm.engine.answers import Answer, Beams, Group, begin
 from vidlm.engine.blocks import OutOfBlocks
+from vidlm.engine.graphs import graphs_for
 from vidlm.engine.kv import Table
 from vidlm.engine.options import BLOCK, EXACT_GRID, EngineOptions
 from vidlm.engine.request import Failure, Token
@@ -38,6 +39,7 @@ class Runner:
     ) -> None:
         self._model, self._store, self._tokenizer = model, store, tokenizer
         self._share, self._exact = options.share, options.exact
+        self._graphs = graphs_for(model, store.kv, store.pool.count, options)
         grid = EXACT_GRID if options.exact else None
         limits = Limits(
             options.max_sequences, options.chunk, options.share, grid, options.idle_chunk
@@ -53,6 +55,8 @@ class Runner:
 
     def begin(self, group: Group, budget: int) -> None:
         """Queue a request. Raises NeverFits, InvalidArgument for stop strings without tokenizer."""
+        if self._graphs is not None:
+            self._graphs.check()
         params = group.request.params
         first = begin(
             *(self._model, group, self._scheduled(group, budget, params.num_beams), 0),
@@ -69,6 +73,12 @@ class Runner:
         if group is not None:
             for answer in list(group.answers.values()):
                 self._drop(answer)
+
+    def forget(self) -> None:
+        """Nothing that is stored is found again, and nothing that was recorded is used again."""
+        self.scheduler.forget()
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def copy(self) -> None:
         """Make the copies that forks wait for, before anything is written."""
@@ -181,7 +191,9 @@ class Runner:
         groups = [answer.group for answer in answers]
         with self._ending(groups), _timed(groups, "decode"):
             newest = [_newest(answer) for answer in answers]
-            rows = self._forward(forward.decode, newest)
+            rows = None if self._graphs is None else self._graphs.decode(newest)
+            if rows is None:
+                rows = self._forward(forward.decode, newest)
             self.decoded += len(works)
             for work in works:
                 self.scheduler.stored(work)

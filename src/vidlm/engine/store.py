@@ -30,7 +30,8 @@ class Store:
         most = longest * options.max_sequences  # more could not be used but for what is kept
         count = max(min(budget // self.block_bytes, most), 1)
         self.pool = BlockPool(count, BLOCK)
-        self.kv = PagedKV(count, BLOCK, model.device, coded=options.kv_dtype is not None)
+        blocks = count + options.cuda_graphs  # one that is nobody's, for `engine.graphs`
+        self.kv = PagedKV(blocks, BLOCK, model.device, coded=options.kv_dtype is not None)
         self.features = FeatureCache(options.feature_bytes if options.share else 0)
 
     def keys(self, inputs: PromptInputs) -> list[bytes]:

@@ -32,6 +32,7 @@ from vidlm.models.tower import (
     as_layers,
 )
 from vidlm.nn.decoder import CausalLM
+from vidlm.nn.upload import upload
 from vidlm.vision.vit import VisionTower
 
 # What a config.json without a vision_config means: CLIP ViT-L/14 at 336 pixels.
@@ -102,7 +103,7 @@ class LlavaNetwork(TowerModel):
         """(F, 3, H, W) -> (F, M, D); `layers` and `strategy` replace the config's."""
         config = self.config
         wanted = config.feature_layers if layers is None else as_layers(layers)
-        x = self.vision_tower(pixels.to(self.device, self.dtype), wanted)
+        x = self.vision_tower(upload(pixels, self.device, self.dtype), wanted)
         if (strategy or config.vision_feature_select_strategy) == "default":
             x = x[:, 1:]
         return self.multi_modal_projector(x)

@@ -37,6 +37,7 @@ from vidlm.models.tower import (
     in_chunks,
 )
 from vidlm.nn.decoder import CausalLM
+from vidlm.nn.upload import upload
 from vidlm.vision.anyres import PINPOINTS, AnyRes, Size, grid, tiles, tokens, unpad
 from vidlm.vision.preprocess import to_pixels
 from vidlm.vision.vit import VisionTower
@@ -172,7 +173,7 @@ class LlavaNextVideoNetwork(TowerModel):
         first = int((strategy or self.config.vision_feature_select_strategy) == "default")
 
         def patches(pixels: Tensor) -> Tensor:
-            return self.vision_tower(pixels.to(self.device, self.dtype), wanted)[:, first:]
+            return self.vision_tower(upload(pixels, self.device, self.dtype), wanted)[:, first:]
 
         def tile_tokens(pixels: Tensor) -> Tensor:
             return self.multi_modal_projector(patches(pixels))

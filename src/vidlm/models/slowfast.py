@@ -29,6 +29,7 @@ from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
 from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.nn.hybrid import Gate, HybridLayer
+from vidlm.nn.upload import upload
 from vidlm.text import Tokenizer
 from vidlm.vision.convnext import MAP, STEM, ConvNeXt, ConvNeXtConfig
 from vidlm.vision.preprocess import CLIP_MEAN, CLIP_STD, PillowPreprocess
@@ -304,7 +305,7 @@ class SlowFastNetwork(VideoModel):
         tower, project = self.model.vision_tower.vision_tower, self.model.mm_projector
         slow = Rows(F)
         for part in pixels.split(tower.at_a_time):
-            features = tower(part.to(self.device, self.dtype))
+            features = tower(upload(part, self.device, self.dtype))
             slow.add(pooled(project(features), pool))
             yield
         x = slow.whole()  # (F, M, D)

@@ -32,6 +32,7 @@ from vidlm.models.tower import (
     in_chunks,
 )
 from vidlm.nn.decoder import CausalLM
+from vidlm.nn.upload import upload
 from vidlm.vision.vit import VisionTower
 
 TRAINED_FRAMES = 8
@@ -125,11 +126,11 @@ class VideoLlavaNetwork(TowerModel):
         strategy = strategy or self.config.vision_feature_select_strategy
 
         def images(pixels: Tensor) -> Tensor:
-            x = self.image_tower(pixels.to(self.device, self.dtype), wanted)
+            x = self.image_tower(upload(pixels, self.device, self.dtype), wanted)
             return self.multi_modal_projector(x[:, 1:] if strategy == "default" else x)
 
         def frames(pixels: Tensor) -> Tensor:
-            x = self.video_tower(pixels.to(self.device, self.dtype), wanted)
+            x = self.video_tower(upload(pixels, self.device, self.dtype), wanted)
             return self.multi_modal_projector(x)
 
         made = []

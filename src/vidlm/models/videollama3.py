@@ -27,6 +27,7 @@ from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
 from vidlm.models.tower import check_placeholders, layer_numbers
 from vidlm.nn.decoder import Decoder, DecoderConfig
+from vidlm.nn.upload import upload
 from vidlm.text import Tokenizer
 from vidlm.vision.navit import PATCHES, NaViT, NaViTConfig
 from vidlm.vision.patches import Grid, Patchify, Rule, sizes_of_call
@@ -323,11 +324,13 @@ class VideoLlama3Network(VideoModel):
         (t, h, w), block = item.grid, item.merge**2
         kept = item.pixels.new_ones(t * h * w // block).bool() if item.kept is None else item.kept
         tokens, at = Rows(int(kept.sum())), 0
+        weight = encoder.embeddings.patch_embedding.weight
         for rows in item.pixels.split(encoder.at_a_time(h * w) * h * w):
+            rows = upload(rows, weight.device, weight.dtype)
             merged = encoder(rows, (len(rows) // (h * w), h, w), item.merge)
-            here = kept[at : at + len(merged)]
+            here = kept[at : at + len(merged)].nonzero()[:, 0]  # found where the mask is
             at += len(merged)
-            tokens.add(project(merged[here.to(merged.device)]))
+            tokens.add(project(merged[upload(here, merged.device)]))
             yield
         return tokens.whole()
 

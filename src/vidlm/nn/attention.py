@@ -160,9 +160,7 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if found is not None:
         return found[0]
     n, S = q.shape[0], keys.shape[1]
-    mask = None
-    if S > n:  # later chunks: row i sees the S - n cached tokens and the first i + 1 new ones
-        mask = torch.ones(n, S, dtype=torch.bool, device=q.device).tril(S - n)
+    mask = _at_the_end(n, S, q) if S > n else None
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[None],
@@ -172,6 +170,19 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         enable_gqa=q.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1)
+
+
+def _at_the_end(n: int, S: int, like: Tensor) -> Tensor:
+    """A mask for later chunks: row i sees the S - n cached tokens and the first i + 1 new ones."""
+    if like.is_cuda:
+        # Says it without an entry for each, with which flash attention is out of the question.
+        # Imported here because torch's compiler comes along: a second, once.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(1, 1)  # given n and S, it would take memory for 2nS numbers
+        mask.seq_len_q, mask.seq_len_kv = n, S
+        return mask
+    return torch.ones(n, S, dtype=torch.bool, device=like.device).tril(S - n)
 
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

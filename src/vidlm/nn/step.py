@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidlm.native import Cache
+from vidlm.nn.upload import upload
 
 
 class Memory:
@@ -97,8 +98,9 @@ class Pages:
 
     def to(self, device: torch.device) -> Pages:
         """The same with its tensors on this device."""
-        spans = tuple(s if isinstance(s, slice) else s.to(device) for s in self.spans)
-        tables, lengths, slots = (x.to(device) for x in (self.tables, self.lengths, self.slots))
+        spans = tuple(s if isinstance(s, slice) else upload(s, device) for s in self.spans)
+        given = (self.tables, self.lengths, self.slots)
+        tables, lengths, slots = (upload(x, device) for x in given)
         return replace(self, tables=tables, lengths=lengths, slots=slots, spans=spans)
 
 
@@ -182,7 +184,7 @@ def packed(lengths: Sequence[int], device: torch.device, kv: Sequence[KV] | None
     """A step of sequences that continue after whatever `kv` holds of them, memory included."""
     pasts = [store.length for store in kv] if kv is not None else [0] * len(lengths)
     spans = [torch.arange(past, past + n) for past, n in zip(pasts, lengths, strict=True)]
-    positions = torch.cat(spans).to(device)
+    positions = upload(torch.cat(spans), device)
     if kv is None:
         return Step(positions, tuple(lengths))
     memory = tuple(store.memory for store in kv)

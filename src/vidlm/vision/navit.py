@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from vidlm.errors import InvalidArgument, UnsupportedModel
+from vidlm.nn.upload import upload
 from vidlm.vision.patches import Grid
 from vidlm.vision.vit import Encoder, Rope
 
@@ -175,7 +176,7 @@ class NaViT(nn.Module):
         E, device = self.config.head_dim, self.post_layernorm.weight.device
         exponents = torch.arange(0, E // 2, 2, dtype=torch.float32, device=device) / (E // 2)
         inv_freq = 1.0 / self.config.rope_theta**exponents  # (E/4,)
-        angles = places(h, w, merge).to(device).float()[..., None] * inv_freq  # (P, 2, E/4)
+        angles = upload(places(h, w, merge), device).float()[..., None] * inv_freq  # (P, 2, E/4)
         angles = angles.flatten(1).repeat(1, 2)[:, None]
         return angles.cos(), angles.sin()
 
