@@ -118,3 +118,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_up_to_three() -> None:
     for w in (eight(5, 130, 320), four(5, 130, 320, 64)):
         together = native.linear(x, w)
         assert all(torch.equal(native.linear(x[i : i + 1], w)[0], together[i]) for i in range(3))
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(5)])
+def test_no_rows_unpack_nothing(bias: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedWeight, "numbers", lambda *_: pytest.fail("it was unpacked"))
+    for w in (eight(1, 5, 64), four(1, 5, 64, 32)):
+        assert native.linear(torch.empty(0, 64), w, bias).shape == (0, 5)

@@ -15,8 +15,14 @@ from vidlm.native.packed import PackedWeight
 def linears(
     x: Tensor, weights: Sequence[Tensor | PackedWeight], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    numbers = [w if isinstance(w, Tensor) else w.numbers(x.dtype) for w in weights]
+    numbers = [w if isinstance(w, Tensor) else _unpacked(w, x) for w in weights]
     return [linear(x, weight, bias) for weight, bias in zip(numbers, biases, strict=True)]
+
+
+def _unpacked(weight: PackedWeight, x: Tensor) -> Tensor:
+    """Its numbers; for no rows anything of its shape, as nothing is computed with it: a head is
+    asked so after each chunk of a prompt but the last, and is a large weight."""
+    return weight.numbers(x.dtype) if len(x) else x.new_empty(weight.shape)
 
 
 def decode_attention(
