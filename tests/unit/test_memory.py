@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidlm.native import memory
-from vidlm.native.memory import CHUNK, PAGE, LargePages
+from vidlm.native.memory import CHUNK, PAGE, LargePages, keep_freed
 
 SHAPES = st.lists(st.integers(0, 90), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64])
@@ -84,3 +84,44 @@ def test_other_systems_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LargePages().empty((4, 5), torch.float32, torch.device("meta")).shape == (4, 5)
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert LargePages().empty([4, 5], torch.bfloat16).shape == (4, 5)
+
+
+class Malloc:
+    """A C library that notes what it is told."""
+
+    def __init__(self, known: bool = True) -> None:
+        self.told: list[tuple[int, int]] = []
+        if known:
+            self.mallopt = lambda name, value: self.told.append((name, value)) or 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [
+        ({"HOME": "/home/me"}, True),
+        ({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"}, True),
+        ({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off:glibc.malloc.hugetlb=1"}, False),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+    ],
+)
+def test_freed_memory_is_kept_unless_the_environment_has_a_say(
+    environment: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Malloc()
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    assert keep_freed(environment) is kept
+    assert library.told == ([(-3, 32 << 20), (-1, 256 << 20)] if kept else [])
+
+
+def test_other_mallocs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Malloc(known=False))
+    assert not keep_freed({})
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("it was asked"))
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not keep_freed({})
+
+
+@linux
+def test_the_real_one_takes_it() -> None:
+    assert keep_freed({}) == hasattr(memory.ctypes.CDLL(None), "mallopt")

@@ -7,6 +7,7 @@ comes first, and who must wait or give way, the scheduler decides; its plans are
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from threading import Condition
 
 import torch
 
+from vidlm import native
 from vidlm.engine.answers import Group, budget_of
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.options import BLOCK, EngineOptions, EngineStats
@@ -55,6 +57,8 @@ class Engine:
         self._came: dict[int, deque[Event]] = {}  # and was not given to anybody yet
         self._followed: set[int] = set()
         self._stamp: object = None
+        if model.device.type == "cpu":
+            native.keep_freed(os.environ)
         self._build()
 
     def _build(self) -> None:

@@ -7,7 +7,7 @@ with the legend of vidlm.nn.
 from vidlm.native.coded import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
-from vidlm.native.memory import LargePages
+from vidlm.native.memory import LargePages, keep_freed
 from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
 from vidlm.native.packing import pack_rows
@@ -34,6 +34,7 @@ __all__ = [
     "flash",
     "flash_blocks",
     "gelu_tanh",
+    "keep_freed",
     "library",
     "linear",
     "linears",

@@ -1,0 +1,84 @@
+"""A prompt with freed memory kept (native.keep_freed) and with glibc's own rules: one JSON line.
+
+llava-interleave-0.5b's decoder with random bfloat16 weights, a prompt of text as long as one with
+eight frames. Each turn is a process of its own, as malloc does not forget what it was told: one
+prompt that is not counted, then three. Medians over all turns of seconds to the first token and of
+page faults, in turns; `ratio` is kept memory's seconds over the others': below 1 is better.
+`peak_gib` is the most that was resident.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from _shapes import SHAPES, tiny, write
+from _sides import load, peak_bytes
+
+HOW = ("kept", "given_back")
+PROMPTS = 3
+Row = dict[str, float]
+
+
+def turn(how: str, folder: Path, small: bool) -> list[Row]:
+    command = [sys.executable, __file__, "--child", str(folder)] + ["--tiny"] * small
+    environment = dict(os.environ)
+    if how == "given_back":  # which changes nothing by itself, and keeps vidlm from doing so
+        environment["MALLOC_PERTURB_"] = "0"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rows: list[Row] = json.loads(done.stdout)
+    return rows
+
+
+def tell(folder: Path, small: bool) -> None:
+    """The child of `turn`."""
+    shape = tiny(SHAPES["llava-interleave-0.5b"]) if small else SHAPES["llava-interleave-0.5b"]
+    side = load("vidlm", shape, folder, torch.bfloat16, "cpu")
+    rows = []
+    for seed in range(PROMPTS + 1):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        seconds = side.answer(shape.text_prompt(seed), 1).first
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        rows.append({"seconds": seconds, "page_faults": faults, "peak_gib": _gib()})
+    print(json.dumps(rows[1:]))
+
+
+def _gib() -> float:
+    return (peak_bytes("cpu") or 0) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="the same in small, to try the script")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        tell(Path(args.child), args.tiny)
+        return
+    shape = SHAPES["llava-interleave-0.5b"]
+    seen: dict[str, list[Row]] = {how: [] for how in HOW}
+    with tempfile.TemporaryDirectory() as place:
+        write(Path(place), tiny(shape) if args.tiny else shape, torch.bfloat16)
+        for _ in range(args.runs):
+            for how in HOW:
+                seen[how] += turn(how, Path(place), args.tiny)
+    medians = {
+        how: {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        for how, rows in seen.items()
+    }
+    ratio = medians["kept"]["seconds"] / medians["given_back"]["seconds"]
+    line = {"benchmark": "kept_memory", "runs": args.runs, **medians, "ratio": round(ratio, 3)}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
