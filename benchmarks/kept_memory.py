@@ -30,7 +30,8 @@ Row = dict[str, float]
 
 def turn(how: str, folder: Path, small: bool) -> list[Row]:
     command = [sys.executable, __file__, "--child", str(folder)] + ["--tiny"] * small
-    environment = dict(os.environ)
+    malloc = ("MALLOC_", "GLIBC_TUNABLES")  # with these vidlm leaves it as it is
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(malloc)}
     if how == "given_back":  # which changes nothing by itself, and keeps vidlm from doing so
         environment["MALLOC_PERTURB_"] = "0"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
