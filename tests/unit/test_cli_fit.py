@@ -82,7 +82,7 @@ def test_memory_counts(
 ) -> None:
     made = plan.plan(folder, max_tokens=2)
     room = made.fixed_bytes + 10**6 + 3 * made.bytes_per_frame
-    monkeypatch.setattr(plan, "free_memory", lambda device: room)
+    monkeypatch.setattr(plan, "free_memory", lambda *where: room)
     assert run(folder, "clip.mp4") == 0
     assert frames(capfd) == 3
     assert run(folder, "clip.mp4", frames=5) == 2
@@ -97,13 +97,13 @@ def test_fewer_bits_count(
     made = plan.plan(folder, max_tokens=2, **words)
     words_bytes = made.kv_bytes_per_token * len("What?")
     room = made.fixed_bytes + words_bytes + 3 * made.bytes_per_frame
-    monkeypatch.setattr(plan, "free_memory", lambda device: room)
+    monkeypatch.setattr(plan, "free_memory", lambda *where: room)
     assert run(folder, "clip.mp4", **words) == 0
     assert frames(capfd) == 3
     for fewer in ({"quantize": "int8"}, {"kv_dtype": "int8"}, {}):
         assert run(folder, "clip.mp4", **fewer) == 0
         assert frames(capfd) == 2
-    monkeypatch.setattr(plan, "free_memory", lambda device: made.weight_bytes)
+    monkeypatch.setattr(plan, "free_memory", lambda *where: made.weight_bytes)
     assert run(folder, "clip.mp4", **words) == 2
     said = f"the weights take {size(made.weight_bytes)} in int8 and {size(made.unpacked_bytes)} for"
     assert said in capfd.readouterr().err

@@ -147,6 +147,20 @@ def test_keys_and_values_keep_their_dtype(
     assert features["frames"] == again["frames"]
 
 
+@pytest.mark.parametrize(("saved", "way"), [("int8", "--quantize int8"), (None, "--quantize")])
+def test_weights_keep_their_bits(
+    folder: Path, place: Path, told: Told, saved: str | None, way: str
+) -> None:
+    assert save(folder, "clip0.mp4", quantize=saved) == 0
+    told()
+    words = {"question": "What?", "model": str(folder), "quantize": None if saved else "int4"}
+    assert outcome(ask.ask, Ask(videos=["clip0.safetensors"], **words)) == 2
+    said = told()
+    assert said.out == ""
+    load = f"load the model with {way}" if saved else f"load the original weights without {way}"
+    assert f"{load}, or save the video again with this one" in said.err
+
+
 def test_it_is_a_command() -> None:
     names = [command.name for command in application().registered_commands]
     assert "index" in names

@@ -15,7 +15,7 @@ from vidlm.cli.options import Ask, Frames, Index, Info
 from vidlm.demo.world import draw_clip, write_mp4
 from vidlm.plan import plan
 
-LOADS = ("--dtype", "--quantize", "--kv-dtype", "--device")
+LOADS = ("--dtype", "--quantize", "--kv-dtype", "--device", "--max-memory")
 CHOOSES = ("--frames", "--fps", "--start", "--end", "--sampling", "--times", "--indices")
 COMMANDS = {
     "ask": (*CHOOSES, *LOADS, "--quiet", "--debug"),

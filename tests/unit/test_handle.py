@@ -250,6 +250,48 @@ def test_what_does_not_agree_is_named(
         other.video(saved)
 
 
+PACKED = "int8, the head in int8"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "said"),
+    [
+        ("int8", None, f"weights in {PACKED}, this one's are in float32; load the model with qu"),
+        ("int8", "int4", f"weights in {PACKED}, this one's are in int4, the head in int8; load "),
+        (None, "int8", f"weights in float32, this one's are in {PACKED}; load the original"),
+    ],
+)
+def test_another_quantization_is_named(
+    folder: Path, path: Path, tmp_path: Path, theirs: str | None, mine: str | None, said: str
+) -> None:
+    """With a way out, and unless a file of before it was written; its own kind is taken."""
+    lm, file = vidlm.load(folder, quantize=mine), tmp_path / "clip.safetensors"
+    maker = vidlm.load(folder, quantize=theirs)
+    maker.video(path, frames=3).save(file)
+    assert vidlm.load(folder, quantize=theirs).video(file)
+    with pytest.raises(InvalidArgument, match=rf"clip\.safetensors was saved by .* {said}") as told:
+        lm.video(file)
+    way = f"quantize={theirs!r}" if theirs else "without quantize"
+    assert str(told.value).endswith(f"{way}, or save the video again with this one")
+    rewritten(file, lambda told: told["identity"].pop("scheme"))
+    assert maker.video(file)
+    with pytest.raises(InvalidArgument, match="by a model whose weights is"):
+        lm.video(file)
+
+
+def test_a_quantization_without_a_short_name(lm: vidlm.LM, path: Path, tmp_path: Path) -> None:
+    file, config = tmp_path / "clip.safetensors", vidlm.QuantoConfig("int4")
+    kind = type(lm.model)
+    maker = vidlm.LM(
+        kind.from_pretrained(lm.model.folder, quantization_config=config), lm.processor
+    )
+    maker.video(path, frames=3).save(file)
+    with pytest.raises(
+        InvalidArgument, match=r"in int4, this .* with that quantization_config, or"
+    ):
+        lm.video(file)
+
+
 def test_weights_that_changed(lm: vidlm.LM, saved: Path, tmp_path: Path) -> None:
     loaded = lm.video(saved)
     with torch.no_grad():

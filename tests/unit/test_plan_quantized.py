@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import tiny
 import video_forms
 import vidlm
 from vidlm import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig
+from vidlm.api.fitting import fitted
 from vidlm.errors import InvalidArgument, UnsupportedModel
+from vidlm.hf import FrameOptions
 from vidlm.models.base import VideoModel
 from vidlm.native import PackedWeight, status
 from vidlm.nn.packed import PackedLinear
@@ -155,6 +158,28 @@ def test_auto_is_the_models_own() -> None:
     assert Loading(kv_dtype="auto").engine_kv_dtype is None
     assert Loading(kv_dtype="int8").engine_kv_dtype == "int8"
     assert Loading().scheme is None
+
+
+def test_fit_of_a_loaded_model_counts_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is just enough for three frames beside plain weights is so with it on top."""
+
+    def most(lm: vidlm.LM, free: int) -> int:
+        monkeypatch.setattr("vidlm.api.fitting.free_bytes", lambda device: free)
+        messages, sampling = [{"role": "user", "content": "What?"}], {"max_new_tokens": 2}
+        try:
+            return fitted(lm, [b"a video"], FrameOptions(), messages, sampling).max_frames or 0
+        except InvalidArgument:
+            return 0
+
+    plain = vidlm.load(folder)
+    enough = bisect_left(range(1 << 25), 3, key=lambda free: most(plain, free))
+    assert most(plain, enough - 1) == 2
+    for kind in PRESETS:
+        unpacked = plan(folder, quantize=kind).unpacked_bytes
+        lm = vidlm.load(folder, quantize=kind)
+        assert unpacked > 0
+        assert most(lm, enough + unpacked) == 3
+        assert most(lm, enough + unpacked - 1) == 2
 
 
 # ---- while it works ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from vidlm.engine.memory import free_bytes
 from vidlm.errors import InvalidArgument
 from vidlm.fit import Dtypes, Several, fit_frames
 from vidlm.hf import FrameOptions
+from vidlm.plan import unpacked_bytes
 
 if TYPE_CHECKING:
     from vidlm.api.lm import LM
@@ -49,9 +50,15 @@ def fitted(
         sampling_params(lm.model, sampling, prompt).max_new_tokens,
         frames.num_frames if named is None else len(named),
         min(lm.model.config.max_context, lm.engine.room),
-        free_bytes(lm.model.device),
+        _free(lm),
     )
     if named is not None:
         return frames
     rule = frames.over(lm.processor.sampling).get("max_frames")  # the family's own ceiling holds
     return replace(frames, max_frames=min(most, rule or most))
+
+
+def _free(lm: LM) -> int:
+    """Beside the weights, and beside what prompts unpack one of them into. That is counted even
+    where a prompt has taken it already and it is kept: each thread has its own."""
+    return free_bytes(lm.model.device) - unpacked_bytes(lm.model, lm.model.dtype)

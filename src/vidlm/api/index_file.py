@@ -17,6 +17,7 @@ from vidlm.errors import InvalidArgument, MediaNotFound
 from vidlm.models.base import Encoded, Media
 from vidlm.models.media_state import media_from_state, media_to_state
 from vidlm.native import Cache, Coded, tensors_of
+from vidlm.quant import PRESETS, preset
 from vidlm.types import FrameRef
 
 SUFFIX = ".safetensors"
@@ -33,6 +34,7 @@ class Identity:
     weights: str  # their fingerprint
     exact: bool  # whether its engine is exact, which needs what an exact one made
     kv_dtype: str | None = None  # of keys and values, as EngineOptions has it
+    scheme: str | None = None  # how weights are packed, or their dtype; None: a file says neither
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, An
     for name in ("model_type", "dtype", "config", "weights"):
         theirs, mine = getattr(index.identity, name), getattr(identity, name)
         if theirs != mine:
+            if name == "weights":
+                _check_scheme(path, index.identity.scheme, identity)
             raise InvalidArgument(
                 f"{path} was saved by a model whose {name} is {theirs}, this one's is {mine}; load "
                 "that model, or save the video again with this one"
@@ -160,6 +164,21 @@ def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, An
             f"{path} was saved with the frames {index.sampling or 'of the default rule'}, asked "
             f"for now are {dict(frames)}; leave them out, or save the video again"
         )
+
+
+def _check_scheme(path: Path, theirs: str | None, identity: Identity) -> None:
+    """Whether this is why weights differ; files of before it was written do not tell."""
+    mine = identity.scheme
+    if theirs is None or mine is None or theirs == mine:
+        return
+    presets = {str(preset(name)): f"the model with quantize={name!r}" for name in PRESETS}
+    presets[identity.dtype] = "the original weights without quantize"
+    that = presets.get(theirs, "the model with that quantization_config")
+    shown, own = (words.replace("; ", ", ") for words in (theirs, mine))
+    raise InvalidArgument(
+        f"{path} was saved by a model with weights in {shown}, this one's are in {own}; load "
+        f"{that}, or save the video again with this one"
+    )
 
 
 def _check_kv_dtype(path: Path, index: Index, identity: Identity, layers: int) -> None:

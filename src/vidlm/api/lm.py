@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vidlm.hf import (
     ForConditionalGeneration,
     ProcessorMixin,
 )
-from vidlm.quant import preset
+from vidlm.quant import preset, scheme_of
 from vidlm.weights import fingerprint
 
 
@@ -34,15 +35,19 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     engine: EngineOptions | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> LM:
     """Load a model and its processor from a folder, a hub repository, or "demo".
 
     dtype   a torch dtype or its name; None: what the checkpoint is stored in
-    device  "cpu", "cuda", "auto"; None: the CPU
+    device  as device_map of `from_pretrained`: "cpu", "cuda", "auto", "balanced"; None: the CPU
     quantize  "int8", "int4" or "nf4": all linear layers in fewer bits, the head in 8, as they are
             read; see docs/quantization.md
     engine  how much it may remember, and whether answers must be exact; see EngineOptions
-    Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError.
+    max_memory  what weights may take of each device, with device="auto", "balanced",
+            "balanced_low_0" or "sequential": {0: "20GiB", "cpu": "60GiB"}
+    Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; InvalidArgument for a
+    value that is not allowed, and where weights have no room in max_memory.
     """
     where = {"revision": revision, "local_files_only": local_files_only}
     processor = AutoProcessor.from_pretrained(name, **where)
@@ -50,6 +55,7 @@ def load(
         name,
         dtype=dtype,
         device_map=device,
+        max_memory=max_memory,
         quantization_config=None if quantize is None else preset(quantize),
         **where,
     )
@@ -93,16 +99,18 @@ class LM:
         """What a saved video must agree with. Reads all weights where they are new."""
         stamp = weights_stamp(self.model)
         if self._identity is None or self._identity[0] != stamp:
-            config = self.model.config
+            config, packed = self.model.config, self.model.quantization_config
+            dtype = str(self.model.dtype).removeprefix("torch.")
             said = {**config.to_dict(), "torch_dtype": None, "dtype": None}  # told by `dtype`
             words = json.dumps(said, sort_keys=True).encode()
             made = Identity(
                 model_type=config.model_type,
-                dtype=str(self.model.dtype).removeprefix("torch."),
+                dtype=dtype,
                 config=blake2b(words, digest_size=16).hexdigest(),
                 weights=fingerprint(self.model),
                 exact=self.engine.options.exact,
                 kv_dtype=self.engine.options.kv_dtype,
+                scheme=dtype if packed is None else str(scheme_of(packed)),
             )
             self._identity = stamp, made
         return self._identity[1]

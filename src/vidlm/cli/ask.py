@@ -87,7 +87,7 @@ def fitted(
         frames=frames.get("num_frames") if named is None else len(named),
         max_tokens=given.max_tokens or ANSWER_TOKENS,
         prompt_tokens=PROMPT_TOKENS + len(words.encode()),  # a token has at least one byte
-        memory=free_memory(told.device),
+        memory=free_memory(told.device, told.max_memory),
         videos=len(sources),
         loading=told,
     )

@@ -83,6 +83,14 @@ DeviceName = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, auto, balanced."),
 ]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-memory",
+        metavar="D=SIZE,...",
+        help="With --device auto or balanced, for weights: 0=20GiB,cpu=60GiB.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 
@@ -112,6 +120,7 @@ class Loads(Common):
     quantize: Quantize = None
     kv_dtype: KvDtype = None
     device: DeviceName = None
+    max_memory: MaxMemory = None
 
 
 @dataclass(frozen=True, kw_only=True)

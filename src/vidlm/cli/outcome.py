@@ -71,8 +71,7 @@ def show_warnings() -> None:
 
 def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, InvalidArgument):
-        said = re.sub(r"^(\w+)=", _as_option, str(error))
-        return re.sub(r"EngineOptions\((\w+)=(?:None|'(\w+)')\)", _as_switch, said), USAGE
+        return _spelled(str(error)), USAGE
     if isinstance(error, VidlmError):
         return str(error), FAILED
     if isinstance(error, OSError) and error.strerror:
@@ -83,13 +82,33 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     return f"unexpected {type(error).__name__}: {error}{hint}", FAILED
 
 
+def _spelled(said: str) -> str:
+    """A message of the library with its keywords as options."""
+    for keyword, option in (
+        (r"^max_memory with device_map=None", "--max-memory without --device"),
+        (r"(^|\bin )max_memory\b(?:=\{(.*?)\})?", _as_room),
+        (r"^(\w+)=", _as_option),
+        (r"EngineOptions\((\w+)=(?:None|'(\w+)')\)", _as_switch),
+        (r"\b(device_map|quantize)='(\w+)'", _as_switch),
+        (r"\bwithout quantize\b", "without --quantize"),
+    ):
+        said = re.sub(keyword, option, said)
+    return said
+
+
+def _as_room(keyword: re.Match[str]) -> str:
+    """ "max_memory={0: '20GiB', 'cpu': '60GiB'}" as "--max-memory 0=20GiB,cpu=60GiB"."""
+    sizes = (keyword[2] or "").replace("'", "").replace(": ", "=").replace(", ", ",")
+    return f"{keyword[1]}--max-memory{' ' * bool(sizes)}{sizes}"
+
+
 def _as_option(keyword: re.Match[str]) -> str:
     name = keyword[1]
     return f"{OPTIONS[name]} " if name in OPTIONS else keyword[0]
 
 
 def _as_switch(keyword: re.Match[str]) -> str:
-    """What a message has an engine made with: "EngineOptions(kv_dtype='int8')"."""
+    """What a message has a model loaded with: "EngineOptions(kv_dtype='int8')"."""
     name, value = keyword[1], keyword[2] or "auto"
     return f"{OPTIONS[name]} {value}" if name in OPTIONS else keyword[0]
 

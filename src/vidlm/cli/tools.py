@@ -33,14 +33,15 @@ def info(given: Info) -> None:
     """With a video, for as many frames as would be taken of it."""
     from vidlm.hf import find
     from vidlm.media import load_video
-    from vidlm.plan import free_memory, plan, sampling
+    from vidlm.plan import check_room, free_memory, plan, sampling
 
     told = loading(given)
     folder = find(given.model)
+    check_room(folder, told)
     planned = partial(
         plan,
         folder,
-        memory=free_memory(told.device),
+        memory=free_memory(told.device, told.max_memory),
         dtype=told.dtype,
         quantize=told.quantize,
         kv_dtype=told.kv_dtype,

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,7 @@ def load_model(
         dtype = _dtype(model.config.dtype or "auto")
     if not isinstance(dtype, torch.dtype):  # which does not say: the file's
         dtype = stored_dtype(folder)
-    placement = plan_placement(model, options.device_map, dtype, renames)
-    _check(placement, options, dtype)
+    placement = placed(model, dtype, options, renames, saved)
     config, whole = options.quantization_config, model.unquantized
     packer = None
     if saved is not None:
@@ -138,6 +138,28 @@ def load_model(
     elif isinstance(config, BitsAndBytesConfig):
         quantize(model, config, whole)
     placement.apply(model)
+    return placement
+
+
+def placed(
+    model: VideoModel,
+    dtype: torch.dtype,
+    options: LoadOptions,
+    renames: Renames | None = None,
+    saved: Scheme | None = None,
+) -> Placement:
+    """Where the weights of a model on the meta device are to lie, which stays as it is.
+
+    Raises InvalidArgument where they do not fit, UnsupportedModel where something else that
+    `options` ask for cannot be there.
+    """
+    config, wanted, shown = saved or options.quantization_config, options.device_map, model
+    unpacked = isinstance(config, BitsAndBytesConfig) and wanted.devices[0].type == "cuda"
+    if config is not None and isinstance(wanted.how, str) and not unpacked:
+        shown = deepcopy(model)  # its sizes are those that count; names are the same
+        expect(shown, scheme_of(config), model.unquantized)
+    placement = plan_placement(shown, wanted, dtype, renames)
+    _check(placement, options, dtype)
     return placement
 
 

@@ -29,6 +29,7 @@ ALLOWED = (
     "'auto', 'cpu', 'cuda', 'cuda:0', 'balanced', 'balanced_low_0', 'sequential', a torch.device, "
     "or a dict of devices by names of parts, such as {'': 'cuda:0'}"
 )
+IN_MEMORY = "0, 1 and so on for GPUs, and 'cpu'"
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 ROOM = 0.9  # of a GPU's free memory, for weights: keys, values and what layers compute need theirs
 
@@ -109,7 +110,8 @@ def read_device_map(device_map: Any, max_memory: Any = None) -> DeviceMap:
 def plan_placement(
     model: VideoModel, wanted: DeviceMap, dtype: torch.dtype, renames: Renames | None = None
 ) -> Placement:
-    """Where the weights of a model, which may be on the meta device, are to lie in `dtype`.
+    """Where the weights of a model, which may be on the meta device, are to lie in `dtype`, codes
+    and scales of packed ones as they are.
 
     `renames` tells how else a map of names may spell them. Raises InvalidArgument where they do not
     fit, or a map leaves parts out or divides what cannot be divided.
@@ -119,6 +121,7 @@ def plan_placement(
         return _as_told(model, parts, wanted.how, renames or Renames())
     room = _room() if wanted.room is None else wanted.room
     sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
+    sizes |= {n: buffer.nbytes for n, buffer in model.named_buffers()}
     layers = [_sum_below(sizes, f"{name}.") for name in parts.layers]
     rest = sum(sizes.values()) - sum(layers)
     gpus = _gpus(room)
@@ -318,8 +321,15 @@ def _read_room(given: Any) -> dict[torch.device, int]:
         raise InvalidArgument(
             f"max_memory={given!r}; give bytes by device, such as {{0: '20GiB', 'cpu': '60GiB'}}"
         )
-    named = f"max_memory={dict(given)!r}"
-    return {_device(key, named): _read_size(value) for key, value in given.items()}
+    named, room = f"max_memory={dict(given)!r}", {}
+    for key, value in given.items():
+        device = _device(key, named, IN_MEMORY)
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(f"{named}; allowed: {IN_MEMORY}")
+        if device in room:
+            raise InvalidArgument(f"{named} names {device} twice; give each device one size")
+        room[device] = _read_size(value)
+    return room
 
 
 def _read_size(given: Any) -> int:
@@ -334,14 +344,14 @@ def _read_size(given: Any) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _device(given: Any, named: str) -> torch.device:
+def _device(given: Any, named: str, allowed: str = ALLOWED) -> torch.device:
     """A device that is there, of a keyword; an int is that GPU."""
     if given == "disk":
         raise InvalidArgument(f"{named}; weights are kept on GPUs and the CPU, not on disk")
     try:
         device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgument(f"{named}; allowed: {ALLOWED}") from error
+        raise InvalidArgument(f"{named}; allowed: {allowed}") from error
     if device.type == "cpu":
         return CPU
     count = torch.cuda.device_count()

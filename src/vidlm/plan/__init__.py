@@ -4,8 +4,8 @@ Only config.json and the headers of the weight files are read; no weight is.
 """
 
 from vidlm.plan.account import ANSWER_TOKENS, PROMPT_TOKENS, Plan, TextShape, VisionShape
-from vidlm.plan.checkpoint import Loading
-from vidlm.plan.reckon import fit, free_memory, plan, sampling
+from vidlm.plan.checkpoint import Loading, unpacked_bytes
+from vidlm.plan.reckon import check_room, fit, free_memory, plan, sampling
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -14,8 +14,10 @@ __all__ = [
     "Plan",
     "TextShape",
     "VisionShape",
+    "check_room",
     "fit",
     "free_memory",
     "plan",
     "sampling",
+    "unpacked_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from vidlm.engine.options import KV_DTYPES
 from vidlm.errors import InvalidArgument
 from vidlm.fit import Dtypes
 from vidlm.hf.auto import MODELS
-from vidlm.hf.loading import read_load_options, saved_scheme
+from vidlm.hf.loading import LoadOptions, placed, read_load_options, saved_scheme
 from vidlm.hub import read_config, read_safetensors_header, weight_files
 from vidlm.models import family_of
 from vidlm.models.base import Family, VideoModel
@@ -30,18 +31,18 @@ class Loading:
     """How a model is to be loaded, in the words of `vidlm.load` and of EngineOptions, which are
     looked at when this is made: raises InvalidArgument for one that is not known.
 
-    dtype, quantize, device  as `vidlm.load` takes them
-    kv_dtype                 "int8"; None or "auto": the model's
+    dtype, quantize, device, max_memory  as `vidlm.load` takes them
+    kv_dtype                             "int8"; None or "auto": the model's
     """
 
     dtype: str | None = None
     quantize: str | None = None
     device: str | None = None
     kv_dtype: str | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
 
     def __post_init__(self) -> None:
-        read_load_options({"dtype": self.dtype, "device_map": self.device})
-        _ = self.scheme
+        _ = self.options
         if self.kv_dtype not in (AUTO, *KV_DTYPES):
             words = ", ".join(word or f"{AUTO} (the model's dtype)" for word in KV_DTYPES)
             raise InvalidArgument(f"kv_dtype={self.kv_dtype!r}; allowed: {words}")
@@ -50,6 +51,12 @@ class Loading:
     def scheme(self) -> Scheme | None:
         """What weights are packed by while they are read."""
         return None if self.quantize is None else preset(self.quantize)
+
+    @property
+    def options(self) -> LoadOptions:
+        """As `from_pretrained` reads them."""
+        given = {"dtype": self.dtype, "device_map": self.device, "max_memory": self.max_memory}
+        return read_load_options({**given, "quantization_config": self.scheme})
 
     @property
     def engine_kv_dtype(self) -> str | None:
@@ -135,6 +142,11 @@ class Checkpoint:
     def weights(self) -> Weights:
         return weigh(self._model(), self.dtype, self.scheme)
 
+    def check_room(self) -> None:
+        """Raises what loading does where `max_memory` has no room for the weights."""
+        if self.loading.max_memory is not None:
+            placed(self._model(), self.dtype, self.loading.options, saved=self.saved)
+
     @property
     def sampling(self) -> dict[str, Any]:
         """Which frames of a video are taken unless told, as load_video's keywords."""
@@ -152,14 +164,17 @@ def weigh(model: VideoModel, dtype: torch.dtype, scheme: Scheme | None) -> Weigh
     """The weights of a model on the meta device, whose layers change places by the rule that
     loading has for weights which were saved packed, and by which it packs others."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    sizes = {  # as numbers; the head has no more rows at a time than it takes packed
-        name: module.weight.numel() * dtype.itemsize
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not model.head
-    }
     if scheme is not None:
         expect(model, scheme, model.unquantized)
-    packed = [n for n, module in model.named_modules() if type(module) is PackedLinear]
     kept = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
     kept += sum(buffer.nbytes for buffer in model.buffers())
-    return Weights(parameters, kept, max((sizes.get(name, 0) for name in packed), default=0))
+    return Weights(parameters, kept, unpacked_bytes(model, dtype))
+
+
+def unpacked_bytes(model: VideoModel, dtype: torch.dtype) -> int:
+    """Of the largest packed weight of a model as numbers, for which prompts need room. The head's
+    does not count: it has no more rows at a time than it takes packed."""
+    head: nn.Module = model.head
+    packed = (layer for layer in model.modules() if type(layer) is PackedLinear)
+    sizes = [layer.out_features * layer.in_features for layer in packed if layer is not head]
+    return dtype.itemsize * max(sizes, default=0)

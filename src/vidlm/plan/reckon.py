@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def fit(
     not even one does; InvalidArgument where the weights do not.
     """
     found = Checkpoint(folder, loading or Loading())
+    found.check_room()
     config = Several(found.config, videos) if videos > 1 else found.config
     limit = found.config.max_context if context is None else context
     left = None if memory is None else _left(found, memory)
@@ -102,9 +104,17 @@ def fit(
     return most if frames is not None else min(most, found.sampling.get("max_frames", most))
 
 
-def free_memory(device: str | None = None) -> int:
-    """Bytes free here and now on what `load` takes for a device: one, or all GPUs."""
-    return sum(map(free_bytes, read_device_map(device).devices))
+def free_memory(device: str | None = None, max_memory: Mapping[Any, Any] | None = None) -> int:
+    """Bytes free here and now on what `load` takes for a device: one, or all GPUs that `max_memory`
+    leaves."""
+    return sum(map(free_bytes, read_device_map(device, max_memory).devices))
+
+
+def check_room(folder: Path, loading: Loading) -> None:
+    """Raises InvalidArgument where a folder's weights have no room in `loading.max_memory`, or
+    UnsupportedModel where packed ones would have to wait on the CPU. What is free does not count.
+    """
+    Checkpoint(folder, loading).check_room()
 
 
 def sampling(folder: Path) -> dict[str, Any]:
