@@ -19,7 +19,7 @@ from pathlib import Path
 
 SOURCES = ("linear.c", "packed.c", "unpack.c", "packing.c", "attention.c", "flash.c", "rows.c",
            "stack.c", "crew.c")  # fmt: skip
-HEADERS = ("crew.h", "jobs.h", "lanes.h", "packed.h", "tiles.h")
+HEADERS = ("crew.h", "jobs.h", "lanes.h", "packed.h", "spans.h", "tiles.h")
 # -fopenmp when compiling and not when linking: GOMP_* must come from the runtime that torch has
 # brought. A second one would start a second set of threads on the same cores.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC",

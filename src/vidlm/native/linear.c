@@ -21,13 +21,13 @@ enum { BLOCK = 32, LONG = 400 * 1024 };
 
 #define PORTABLE(NAME, T, LOAD, SOME, STORE, WIDE)                                               \
     INLINE void NAME(const int R, const int B, const T *w, const T *x, int64_t D, const T *bias, \
-                     T *y, int64_t stride, const char **ahead, const char *end) {                \
+                     T *y, int64_t stride, Ahead *ahead) {                                       \
         f16 acc[4][2] = {0};                                                                     \
         int64_t k = 0;                                                                           \
         for (; k + 16 <= D; k += 16) {                                                           \
-            fetch_ahead(ahead, end, R * (int)sizeof(T) / 4 + 1);                                 \
+            fetch_ahead(ahead, R * (int)sizeof(T) / 4 + 1);                                      \
             for (int b = 0; b < B; b++)                                                          \
-                for (int r = 0; r < R; r++) acc[r][b] += LOAD(w + r * D + k) * LOAD(x + b * D + k); \
+                for (int r = 0; r < R; r++) acc[r][b] += LOAD(w + r * D + k) * LOAD(x + b * D + k);\
         }                                                                                        \
         if (k < D)                                                                               \
             for (int b = 0; b < B; b++)                                                          \
@@ -48,8 +48,7 @@ enum { ROWS_BF16 = 8, MANY_BF16 = 3 };
 /* ---- AVX512-BF16: products of pairs, summed in float32 --------------------------------------- */
 
 INLINE void tile_bf16(const int R, const int B, const bf16 *w, const bf16 *x, int64_t D,
-                      const bf16 *bias, bf16 *y, int64_t stride, const char **ahead,
-                      const char *end) {
+                      const bf16 *bias, bf16 *y, int64_t stride, Ahead *ahead) {
     __m512 acc[8][3];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
@@ -57,7 +56,7 @@ INLINE void tile_bf16(const int R, const int B, const bf16 *w, const bf16 *x, in
         __mmask32 mask = D - k < 32 ? (1u << (D - k)) - 1 : ~0u;
         __m512bh at[3];
         for (int b = 0; b < B; b++) at[b] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + b * D + k);
-        fetch_ahead(ahead, end, R);
+        fetch_ahead(ahead, R);
         for (int r = 0; r < R; r++) {
             __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * D + k);
             for (int b = 0; b < B; b++) acc[r][b] = _mm512_dpbf16_ps(acc[r][b], row, at[b]);
@@ -73,18 +72,19 @@ INLINE void tile_bf16(const int R, const int B, const bf16 *w, const bf16 *x, in
 
 #define BLOCK_OF(NAME, T, TILE, R, B)                                                            \
     static void NAME(const Part *part, int64_t from, int64_t to, const T *x, int64_t M, int64_t D, \
-                     const char *ahead, const char *end) {                                       \
-        const T *weight = (const T *)part->weight.data, *bias = (const T *)part->bias;                \
+                     Ahead *ahead) {                                                             \
+        const T *weight = (const T *)part->weight.data, *bias = (const T *)part->bias;           \
+        Ahead own = *ahead; /* which registers hold */                                           \
         for (int64_t o = from; o < to;) {                                                        \
             const T *w = weight + o * D, *at = bias ? bias + o : 0;                              \
             T *y = (T *)part->out + o;                                                           \
             int64_t many = to - o >= R, m = 0, N = part->rows;                                   \
             if (many) {                                                                          \
                 for (; m + B <= M; m += B)                                                       \
-                    TILE(R, B, w, x + m * D, D, at, y + m * N, N, &ahead, end);                  \
-                for (; m < M; m++) TILE(R, 1, w, x + m * D, D, at, y + m * N, N, &ahead, end);   \
+                    TILE(R, B, w, x + m * D, D, at, y + m * N, N, &own);                         \
+                for (; m < M; m++) TILE(R, 1, w, x + m * D, D, at, y + m * N, N, &own);          \
             } else {                                                                             \
-                for (; m < M; m++) TILE(1, 1, w, x + m * D, D, at, y + m * N, N, &ahead, end);   \
+                for (; m < M; m++) TILE(1, 1, w, x + m * D, D, at, y + m * N, N, &own);          \
             }                                                                                    \
             o += many ? R : 1;                                                                   \
         }                                                                                        \
@@ -140,29 +140,28 @@ typedef struct {
 } Rows;
 
 /* Rows [from, to) of a matrix of numbers. */
-static void dense(const Part *p, int64_t from, int64_t to, const Rows *r, const char *ahead,
-                  const char *end) {
+static void dense(const Part *p, int64_t from, int64_t to, const Rows *r, Ahead *ahead) {
 #if TILES
     if (r->laid && p->rows >= 16) {
         block_tiles((const bf16 *)p->weight.data, (const bf16 *)p->bias, (bf16 *)p->out, p->rows, from, to,
-                    r->laid, ahead, end);
+                    r->laid, ahead);
         return;
     }
 #endif
-    if (r->type == BFLOAT16) block_bf16(p, from, to, r->x, r->M, r->D, ahead, end);
-    else block_f32(p, from, to, r->x, r->M, r->D, ahead, end);
+    if (r->type == BFLOAT16) block_bf16(p, from, to, r->x, r->M, r->D, ahead);
+    else block_f32(p, from, to, r->x, r->M, r->D, ahead);
 }
 
 /* The same of packed weights, which become numbers in `room`. */
 static void unpacked(const Part *p, int64_t from, int64_t to, const Rows *r, char *room,
-                     const char *ahead, const char *end) {
+                     Ahead *ahead) {
     int64_t size = r->type == BFLOAT16 ? 2 : 4;
     int64_t first = to - from < 16 ? to - 16 : from; /* tiles are 16 rows, if there are so many */
     if (first < 0) first = 0;
     unpack_rows(&p->weight, first, to, r->D, r->type, room);
     Part numbers = *p;
     numbers.weight = (Weight){.data = room - first * r->D * size};
-    dense(&numbers, from, to, r, ahead, end);
+    dense(&numbers, from, to, r, ahead);
 }
 
 /* Each of `count` matrices times x (M, D). */
@@ -193,6 +192,8 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
     Packed tiles = {laid, M, D};
     if (laid) all.laid = &tiles;
 #endif
+    /* Of short rows as they lie in memory so many are read at once that this is no better. */
+    int four = direct == count || D * size >= 4096;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         char *own = unpack ? room + omp_get_thread_num() * block * D * size : 0;
@@ -200,12 +201,13 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
         while (now.part) {
             Piece then = piece(parts, count, take(&next), block, D, size);
             const Weight *w = &now.part->weight;
+            Ahead ahead = ahead_of(then.weight, then.end, four);
             if (w->form == DENSE)
-                dense(now.part, now.from, now.to, &all, then.weight, then.end);
+                dense(now.part, now.from, now.to, &all, &ahead);
             else if (taken_packed(w, M, D, type))
-                packed_rows(now.part, now.from, now.to, inputs, then.weight, then.end);
+                packed_rows(now.part, now.from, now.to, inputs, &ahead);
             else
-                unpacked(now.part, now.from, now.to, &all, own, then.weight, then.end);
+                unpacked(now.part, now.from, now.to, &all, own, &ahead);
             now = then;
         }
         if (!omp_get_thread_num()) done = work_done();

@@ -16,8 +16,8 @@ from vidlm.native.calls import TYPES, kernels, pack, threads
 from vidlm.native.coded import Cache, Coded, fields
 from vidlm.native.library import library
 
-WIDEST = 512  # head dimension; WIDEST in attention.c
-SPAN = 256  # tokens of a piece of work; SPAN in attention.c
+WIDEST = 512  # head dimension; WIDEST in spans.h
+SPAN = 256  # tokens of a piece of work; SPAN in spans.h
 
 
 def decode_attention(

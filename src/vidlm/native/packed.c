@@ -96,7 +96,7 @@ INLINE void finish(const Part *p, int64_t row, int64_t b, float sum) {
 
 /* Rows [row, row + R) of 8 bits times rows [b0, b0 + B) of x. */
 INLINE void eight(const int R, const int B, const Part *p, int64_t row, const Inputs *in, int64_t b0,
-                  const char **ahead, const char *end) {
+                  Ahead *ahead) {
     int64_t D = in->D;
     const Fixed *x = in->rows + b0;
     const uint8_t *w = (const uint8_t *)p->weight.data + row * D;
@@ -106,7 +106,7 @@ INLINE void eight(const int R, const int B, const Part *p, int64_t row, const In
         for (int b = 0; b < B; b++) high[r][b] = low[r][b] = _mm512_setzero_si512();
     for (int64_t k = 0; k < D; k += 64) {
         __mmask64 mask = D - k < 64 ? (1ull << (D - k)) - 1 : ~0ull;
-        fetch_ahead(ahead, end, R);
+        fetch_ahead(ahead, R);
         for (int r = 0; r < R; r++) {
             __m512i bytes = _mm512_maskz_loadu_epi8(mask, w + r * D + k);
             bytes = _mm512_xor_si512(bytes, flip);
@@ -130,7 +130,7 @@ INLINE void eight(const int R, const int B, const Part *p, int64_t row, const In
  * they are in their bytes, 16 times what they stand for. `scale` (R, scales) has one for each 32,
  * every other one a sixteenth. */
 INLINE void four(const int R, const int B, const Part *p, int64_t row, const Inputs *in, int64_t b0,
-                 const float *scale, int64_t scales, const char **ahead, const char *end) {
+                 const float *scale, int64_t scales, Ahead *ahead) {
     int64_t stride = row_bytes(&p->weight, in->D, 0), blocks = stride / 32;
     const Fixed *x = in->rows + b0;
     const uint8_t *codes = (const uint8_t *)p->weight.data + row * stride;
@@ -139,7 +139,7 @@ INLINE void four(const int R, const int B, const Part *p, int64_t row, const Inp
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
     for (int64_t i = 0; i < blocks; i++, codes += 32) {
-        if (i % 2 == 0) fetch_ahead(ahead, end, R);
+        if (i % 2 == 0) fetch_ahead(ahead, R);
         for (int r = 0; r < R; r++) {
             __m256i bytes = _mm256_loadu_si256((const __m256i *)(codes + r * stride));
             __m512i both = _mm512_and_si512(_mm512_broadcast_i64x4(bytes), halves);
@@ -183,8 +183,7 @@ INLINE void four_step(const int R, const int B, const uint8_t *codes, int64_t st
 
 /* The same of 4 bits and any table. */
 INLINE void by_table(const int R, const int B, const Part *p, int64_t row, const Inputs *in,
-                     int64_t b0, const float *scale, int64_t scales, const char **ahead,
-                     const char *end) {
+                     int64_t b0, const float *scale, int64_t scales, Ahead *ahead) {
     int64_t D = in->D;
     const bf16 *x = in->x + b0 * D;
     int64_t stride = row_bytes(&p->weight, D, 0);
@@ -200,7 +199,7 @@ INLINE void by_table(const int R, const int B, const Part *p, int64_t row, const
         for (int b = 0; b < B; b++)
             for (int h = 0; h < 2; h++)
                 at[b][h] = (__m512bh)_mm512_loadu_si512(x + b * D + k + 32 * h);
-        if (k % 128 == 0) fetch_ahead(ahead, end, R);
+        if (k % 128 == 0) fetch_ahead(ahead, R);
         four_step(R, B, codes, stride, table, scale + k / 32, scales, at, acc);
     }
     if (k < D) {
@@ -224,9 +223,8 @@ INLINE void by_table(const int R, const int B, const Part *p, int64_t row, const
         for (; m < M; m++) CALL(R, 1);         \
     }
 
-static void eight_block(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
-                        const char *end) {
-#define CALL(R, B) eight(R, B, p, row, x, m, &ahead, end)
+static void eight_block(const Part *p, int64_t from, int64_t to, const Inputs *x, Ahead *ahead) {
+#define CALL(R, B) eight(R, B, p, row, x, m, ahead)
     int64_t row = from, M = x->M;
     for (; row + 4 <= to; row += 4) ROWS_OF(CALL, 4)
     for (; row < to; row++) ROWS_OF(CALL, 1)
@@ -247,10 +245,9 @@ static void widen_scales(const Weight *w, int64_t row, int64_t D, float *out) {
     }
 }
 
-static void four_block(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
-                       const char *end) {
-#define WHOLE(R, B) four(R, B, p, row, x, m, scale, scales, &ahead, end)
-#define TABLE(R, B) by_table(R, B, p, row, x, m, scale, scales, &ahead, end)
+static void four_block(const Part *p, int64_t from, int64_t to, const Inputs *x, Ahead *ahead) {
+#define WHOLE(R, B) four(R, B, p, row, x, m, scale, scales, ahead)
+#define TABLE(R, B) by_table(R, B, p, row, x, m, scale, scales, ahead)
     int64_t row = from, M = x->M, scales = scales_of(x->D);
     int whole = by_integers(&p->weight);
     const __m512 worth = _mm512_mask_blend_ps(0xaaaa, _mm512_set1_ps(1.f), _mm512_set1_ps(1.f / 16));
@@ -271,18 +268,16 @@ static void four_block(const Part *p, int64_t from, int64_t to, const Inputs *x,
 #undef TABLE
 }
 
-void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
-                 const char *end) {
-    if (p->weight.form == EIGHT) eight_block(p, from, to, x, ahead, end);
-    else four_block(p, from, to, x, ahead, end);
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, Ahead *ahead) {
+    if (p->weight.form == EIGHT) eight_block(p, from, to, x, ahead);
+    else four_block(p, from, to, x, ahead);
 }
 #else
 int taken_packed(const Weight *w, int64_t M, int64_t D, int type) {
     return (void)w, (void)M, (void)D, (void)type, 0;
 }
 Inputs *inputs_of(const bf16 *x, int64_t M, int64_t D) { return (void)x, (void)M, (void)D, NULL; }
-void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
-                 const char *end) {
-    (void)p, (void)from, (void)to, (void)x, (void)ahead, (void)end; /* never called: none is taken */
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, Ahead *ahead) {
+    (void)p, (void)from, (void)to, (void)x, (void)ahead; /* never called: none is taken */
 }
 #endif

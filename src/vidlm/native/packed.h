@@ -35,5 +35,4 @@ typedef struct Inputs Inputs;
 Inputs *inputs_of(const bf16 *x, int64_t M, int64_t D); /* NULL where there is no memory; to be freed */
 
 /* Rows [from, to) times all rows of x. */
-void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, const char *ahead,
-                 const char *end);
+void packed_rows(const Part *p, int64_t from, int64_t to, const Inputs *x, Ahead *ahead);

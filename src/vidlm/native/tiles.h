@@ -111,12 +111,12 @@ INLINE const bf16 *padded(const bf16 *w, int64_t D, int64_t n, bf16 *room) {
 
 /* One or two times 16 rows of weights times up to 16 rows of x. */
 INLINE void times_16(const int T, const bf16 *w, const bf16 *x, int64_t D, int64_t columns,
-                     float (*sums)[256], const char **ahead, const char *end) {
+                     float (*sums)[256], Ahead *ahead) {
     bf16 room[512] __attribute__((aligned(64)));
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < D; k += 32) {
-        fetch_ahead(ahead, end, 16 * T);
+        fetch_ahead(ahead, 16 * T);
         _tile_loadd(6, x + k * columns, columns * 4);
         LOAD(4, w);
         _tile_dpbf16ps(0, 4, 6);
@@ -130,14 +130,14 @@ INLINE void times_16(const int T, const bf16 *w, const bf16 *x, int64_t D, int64
 
 /* The same times 16 rows of x and `columns` more. */
 INLINE void times_32(const int T, const bf16 *w, const bf16 *x, const bf16 *more, int64_t D,
-                     int64_t columns, float (*sums)[256], const char **ahead, const char *end) {
+                     int64_t columns, float (*sums)[256], Ahead *ahead) {
     bf16 room[512] __attribute__((aligned(64)));
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < D; k += 32) {
-        fetch_ahead(ahead, end, 16 * T);
+        fetch_ahead(ahead, 16 * T);
         _tile_loadd(6, x + k * 16, 64);
         _tile_loadd(7, more + k * columns, columns * 4);
         LOAD(4, w);
@@ -157,7 +157,7 @@ INLINE void times_32(const int T, const bf16 *w, const bf16 *x, const bf16 *more
 
 /* Rows [from, to) of a weight (rows >= 16, D); the last tile ends where the weight ends. */
 static void block_tiles(const bf16 *weight, const bf16 *bias, bf16 *out, int64_t rows, int64_t from,
-                        int64_t to, const Packed *x, const char *ahead, const char *end) {
+                        int64_t to, const Packed *x, Ahead *ahead) {
     float sums[4][256] __attribute__((aligned(64)));
     int64_t M = x->M, D = x->D;
     for (int64_t m = 0; m < M; m += 32) {
@@ -169,10 +169,10 @@ static void block_tiles(const bf16 *weight, const bf16 *bias, bf16 *out, int64_t
             int64_t many = (to - o) / 16, T = many >= 2 ? 2 : 1;
             int64_t start = many ? o : rows - 16; /* a last part of fewer rows: 16 that end there */
             const bf16 *w = weight + start * D;
-            if (second && T == 2) times_32(2, w, at, more, D, second, sums, &ahead, end);
-            else if (second) times_32(1, w, at, more, D, second, sums, &ahead, end);
-            else if (T == 2) times_16(2, w, at, D, first, sums, &ahead, end);
-            else times_16(1, w, at, D, first, sums, &ahead, end);
+            if (second && T == 2) times_32(2, w, at, more, D, second, sums, ahead);
+            else if (second) times_32(1, w, at, more, D, second, sums, ahead);
+            else if (T == 2) times_16(2, w, at, D, first, sums, ahead);
+            else times_16(1, w, at, D, first, sums, ahead);
             for (int64_t i = 0; i < T; i++) {
                 const bf16 *b = bias ? bias + start + 16 * i : 0;
                 bf16 *y = out + m * rows + start + 16 * i;
