@@ -29,6 +29,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from _shapes import NAVIT, QWEN_2B
 from torch import nn
 
 from vidlm.engine import Request, generate
@@ -53,22 +54,6 @@ QWEN_7B = {
     "num_key_value_heads": 4,
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
-}
-QWEN_2B = {
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-NAVIT = {
-    "model_type": "video_llama_3_vision",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_attention_heads": 16,
-    "patch_size": 14,
 }
 
 
@@ -98,7 +83,7 @@ def slowfast(vision: int) -> tuple[VideoModel, Callable[[Video], Media]]:
 def videollama3(vision: int) -> tuple[VideoModel, Callable[[Video], Media]]:
     tower = {**NAVIT, "num_hidden_layers": vision}
     config = VideoLlama3Config.from_dict(
-        {"text_config": {**TEXT, **QWEN_2B}, "vision_config": tower, "video_token_id": 4000}
+        {"text_config": {**QWEN_2B, **TEXT}, "vision_config": tower, "video_token_id": 4000}
     )
     pixels = Patchify.from_dict({"patch_size": 14}, video=True)
 

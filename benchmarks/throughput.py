@@ -24,7 +24,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,6 +35,8 @@ from _sides import LIBRARIES, Side, agree, free_bytes, load, timed
 from latency import TOLERANCE, about, chosen, number_type, options, rounded
 
 from vidlm.engine import Engine, EngineOptions, Request
+from vidlm.engine.options import BLOCK
+from vidlm.engine.store import block_bytes
 from vidlm.models.base import Prompt
 from vidlm.types import SamplingParams
 
@@ -85,7 +87,7 @@ class Bench:
     theirs: Side
     videos: int
     tokens: int
-    cuda_graphs: bool = False
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     def requests(self, first: int, question: int = 0) -> list[Request]:
         """The same question about each of `videos` videos, from a seed on."""
@@ -100,7 +102,7 @@ class Bench:
 
     def engine(self, run: int, same: list[bool]) -> Figures:
         """Ours; whether each answer was the same alone and together goes into `same`."""
-        engine = Engine(self.ours.model, options=EngineOptions(cuda_graphs=self.cuda_graphs))
+        engine = Engine(self.ours.model, options=self.options)
         self.fresh(engine)
         new = [serve(engine, [request]) for request in self.requests(1000 * run)]
         known = [serve(engine, [request]) for request in self.requests(1000 * run, 1)]
@@ -125,7 +127,7 @@ class Bench:
     def fresh(self, engine: Engine) -> None:
         """Forget everything; recordings are made before anything is timed, by text as long."""
         engine.clear()
-        if self.cuda_graphs:
+        if self.options.cuda_graphs:
             params = SamplingParams(max_new_tokens=self.tokens)
             ids = [self.ours.shape.text_prompt(i)["input_ids"][0] for i in range(self.videos)]
             serve(engine, [Request(Prompt(tuple(each.tolist())), params) for each in ids])
@@ -144,23 +146,19 @@ class Bench:
 
     def batch_fits(self, device: str) -> bool:
         """Keys and values, those of a layer twice as they grow, and 2 GiB for all else."""
-        length = self.ours.shape.prompt_tokens + self.tokens
-        return 1.3 * self.token_bytes * length * self.videos + (2 << 30) < free_bytes(device)
+        length, each = self.ours.shape.prompt_tokens + self.tokens, self.token_bytes(None)
+        return 1.3 * each * length * self.videos + (2 << 30) < free_bytes(device)
 
-    @property
-    def token_bytes(self) -> int:
-        """Of a token's keys and values."""
-        text = self.ours.shape.text
-        head = text["hidden_size"] // text["num_attention_heads"]
-        numbers = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head
-        return int(numbers) * self.ours.model.dtype.itemsize
+    def token_bytes(self, kv: str | None) -> float:
+        """Of a token's keys and values, stored as EngineOptions.kv_dtype says."""
+        return block_bytes(self.ours.model, kv) / BLOCK
 
-    def step_bytes(self, answers: int) -> int:
+    def step_bytes(self, answers: int) -> float:
         """What a step in the middle of so many answers has to read: each weight once, and what is
         stored of each answer."""
         model, length = self.ours.model, self.ours.shape.prompt_tokens + self.tokens // 2
         weights = sum(p.nbytes for p in (*model.decoder.layers.parameters(), model.head.weight))
-        return weights + answers * length * self.token_bytes
+        return weights + answers * length * self.token_bytes(self.options.kv_dtype)
 
     def bandwidth(self, medians: Figures, copied: float) -> Figures:
         """The part of it that decoding takes, of `copied` bytes a second."""
@@ -195,7 +193,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         write(Path(place), shape, dtype)
         ours, theirs = (load(lib, shape, Path(place), dtype, args.device) for lib in LIBRARIES)
-        bench = Bench(ours, theirs, args.videos, args.tokens, args.cuda_graphs)
+        engine = EngineOptions(cuda_graphs=args.cuda_graphs, kv_dtype=args.kv_dtype)
+        bench = Bench(ours, theirs, args.videos, args.tokens, engine)
         agreement = agree(ours, theirs, args.tokens, TOLERANCE[dtype])
         same: list[bool] = []
         turns: dict[str, Callable[[int], Figures]] = {"vidlm": lambda run: bench.engine(run, same)}
@@ -215,6 +214,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         **about(shape, args),
         "videos": args.videos,
         "cuda_graphs": args.cuda_graphs,
+        "kv_dtype": args.kv_dtype,
         "absent": sorted({"transformers_batch"} - turns.keys()),
         "agreement": {"transformers": vars(agreement), "same_together": f"{sum(same)}/{len(same)}"},
         **{who: rounded(figures) for who, figures in medians.items()},
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="decode by recordings, as a GPU alone can"
     )
+    parser.add_argument("--kv-dtype", choices=["int8"], help="as EngineOptions has it")
     parser.add_argument("--only", choices=SMALL, nargs="+", default=list(SMALL))
     args = parser.parse_args()
     for name in args.only:

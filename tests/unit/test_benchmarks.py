@@ -67,9 +67,11 @@ def test_latency_runs() -> None:
     assert found["machine"]["threads"] == 1
 
 
-def test_throughput_runs() -> None:
-    words = ("--only", "llava-gqa-0.5b", "--videos", "3")
+@pytest.mark.parametrize("kv", [(), ("--kv-dtype", "int8")])
+def test_throughput_runs(kv: tuple[str, ...]) -> None:
+    words = ("--only", "llava-gqa-0.5b", "--videos", "3", *kv)
     (found,) = lines("throughput.py", *TINY, *CPU, *words)
+    assert found["kv_dtype"] == (kv[1] if kv else None)
     assert (found["videos"], found["agreement"]["same_together"]) == (3, "3/3")
     assert found["agreement"]["transformers"]["equal"] == 4
     assert all(value > 0 for value in found["vidlm"].values())

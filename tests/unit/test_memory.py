@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import mmap
+import pickle
 import weakref
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidlm.native import memory
-from vidlm.native.memory import CHUNK, PAGE, LargePages, keep_freed
+from vidlm.native.memory import CHUNK, PAGE, LargePages, Spare, keep_freed
 
 SHAPES = st.lists(st.integers(0, 90), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64])
@@ -125,3 +127,60 @@ def test_other_mallocs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @linux
 def test_the_real_one_takes_it() -> None:
     assert keep_freed({}) == hasattr(memory.ctypes.CDLL(None), "mallopt")
+
+
+# ---- Spare -----------------------------------------------------------------------------------
+
+
+def test_a_task_gets_the_memory_of_the_one_before_if_it_is_large_enough() -> None:
+    spare, places = Spare(), []
+    for size in (4096, 1000, 8192):
+        with spare.lent(size) as arena:
+            tensor = arena.empty((size // 4,), torch.float32).fill_(1)
+            places.append(tensor.data_ptr())
+            del tensor
+    assert places[1] == places[0]
+    assert [len(kept) for kept in spare._kept] == [8192]
+
+
+def test_what_does_not_fit_is_elsewhere() -> None:
+    with Spare().lent(256) as arena:
+        inside, outside = (arena.empty((40,), torch.float32).fill_(i) for i in range(2))
+    assert outside.untyped_storage().data_ptr() != inside.untyped_storage().data_ptr()
+    assert (inside.tolist(), outside.tolist()) == ([0.0] * 40, [1.0] * 40)
+
+
+def test_tasks_at_the_same_time_have_memory_of_their_own() -> None:
+    spare = Spare()
+    with spare.lent(64) as one, spare.lent(64) as other:
+        first, second = (arena.empty((16,), torch.float32) for arena in (one, other))
+        first.fill_(1)
+        second.fill_(2)
+        assert first.tolist() == [1.0] * 16
+    assert len(spare._kept) == 1
+
+
+def test_too_much_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SPARE", 100)
+    spare = Spare()
+    for size, kept in ((101, 0), (100, 1)):
+        with spare.lent(size):
+            pass
+        assert len(spare._kept) == kept
+
+
+def test_memory_of_inference_mode_serves_outside_of_it() -> None:
+    spare = Spare()
+    with torch.inference_mode(), spare.lent(64):
+        pass
+    with spare.lent(64) as arena:
+        arena.empty((16,), torch.float32).fill_(3)
+
+
+def test_copies_have_none() -> None:
+    spare = Spare()
+    with spare.lent(64):
+        pass
+    assert spare._kept
+    for copy in (deepcopy(spare), pickle.loads(pickle.dumps(spare))):
+        assert not copy._kept

@@ -52,11 +52,11 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     assert w.scheduler.idle
 
 
-def test_chunks_are_larger_where_no_answer_waits() -> None:
+def test_chunks_are_larger_and_even_where_no_answer_waits() -> None:
     w = world(replace(LIMITS, idle_chunk=20))
     added(w, text(25), budget=9)
     first = [w.step() for _ in range(2)]
-    assert [works(plan.prefill) for plan in first] == [[(1, 0, 20)], [(1, 20, 25)]]
+    assert [works(plan.prefill) for plan in first] == [[(1, 0, 14)], [(1, 14, 25)]]
     added(w, text(12, 2))
     then = [w.step() for _ in range(2)]
     assert [works(plan.prefill) for plan in then] == [[(2, 0, 8)], [(2, 8, 12)]]

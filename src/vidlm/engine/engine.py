@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from threading import Condition
 
 import torch
+from torch import Tensor
 
 from vidlm import native
 from vidlm.engine.answers import Group, budget_of
@@ -37,7 +38,8 @@ class Engine:
 
     `stream` is all that most callers need: it makes the steps itself, and those of several threads
     serve each other's requests. Who wants to make the steps calls `add` and `step`.
-    `tokenizer` is needed where requests have stop strings.
+    `tokenizer` is needed where requests have stop strings. `empty` finds the memory of keys and
+    values, as torch.empty does.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         options: EngineOptions | None = None,
+        empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
-        self.model, self._tokenizer = model, tokenizer
+        self.model, self._tokenizer, self._empty = model, tokenizer, empty
         self.options = options or EngineOptions()
         self._turns = _Turns(self._forget_dropped)
         self._dropped: deque[int] = deque()
@@ -62,7 +65,7 @@ class Engine:
         self._build()
 
     def _build(self) -> None:
-        self._store = Store(self.model, self.options)
+        self._store = Store(self.model, self.options, self._empty)
         self._runner = Runner(self.model, self._store, self._tokenizer, self.options)
 
     # ---- requests in ---------------------------------------------------------------------------

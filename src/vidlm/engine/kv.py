@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,20 @@ class PagedKV:
     Heads come before slots, so that tokens whose blocks follow each other are read in one run. On a
     CPU the buffers are address space alone until tokens are written; they are made when the first
     token arrives, whose shape and dtype they take. Where `coded`, they hold eight bits a number,
-    whatever the dtype. Which block is whose, `blocks.BlockPool` knows.
+    whatever the dtype. Which block is whose, `blocks.BlockPool` knows. `empty` finds memory as
+    torch.empty does.
     """
 
     def __init__(
-        self, blocks: int, block: int, device: torch.device = CPU, coded: bool = False
+        self,
+        blocks: int,
+        block: int,
+        device: torch.device = CPU,
+        coded: bool = False,
+        empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
         self.blocks, self.block, self.device, self.coded = blocks, block, device, coded
+        self._memory = empty
         self._layers: list[tuple[Cache, Cache]] = []
 
     @property
@@ -68,7 +75,9 @@ class PagedKV:
     def _empty(self, x: Tensor) -> Cache:
         _, K, E = x.shape
         shape = (K, self.blocks * self.block, E)
-        return Coded.empty(shape, x.device) if self.coded else x.new_empty(shape)
+        if self.coded:
+            return Coded.empty(shape, x.device, self._memory)
+        return self._memory(shape, dtype=x.dtype, device=x.device)
 
     def pages(
         self, tables: Sequence[Sequence[int]], stops: Sequence[int], lengths: Sequence[int]

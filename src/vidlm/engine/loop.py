@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from vidlm.engine.answers import budget_of
 from vidlm.engine.engine import Engine
@@ -14,6 +18,7 @@ from vidlm.engine.runner import reserve
 from vidlm.engine.store import block_bytes, blocks_for
 from vidlm.engine.timing import Timings
 from vidlm.models.base import VideoModel
+from vidlm.native.memory import ALIGNED
 from vidlm.text import Tokenizer
 from vidlm.types import FinishReason
 
@@ -47,16 +52,29 @@ def run(
 ) -> Iterator[Token]:
     """New tokens as they are decided, of all requests; a token's `request` is its place here.
 
-    Nothing is kept when it ends, and no more memory is taken than the requests need together, if
-    half of what is free (or `options.kv_bytes`) allows that. `tokenizer` is needed where a request
-    has stop strings. Beam search decides at its end: its tokens come all at once. `timings` takes
-    the time of all requests together. Raises ContextOverflow before anything is computed where a
-    prompt leaves no room for an answer.
+    Nothing is remembered when it ends; on a CPU the model keeps the memory of keys and values, up
+    to 1 GiB, for the next call. No more is taken than the requests need together, if half of what
+    is free (or `options.kv_bytes`) allows that. `tokenizer` is needed where a request has stop
+    strings. Beam search decides at its end: its tokens come all at once. `timings` takes the time
+    of all requests together. Raises ContextOverflow before anything is computed where a prompt
+    leaves no room for an answer.
     """
     options = _bounded(model, requests, options or EngineOptions(share=False))
-    engine = Engine(model, tokenizer=tokenizer, options=options)
     timings = timings if timings is not None else Timings()
-    yield from engine.follow([engine.add(request, timings) for request in requests])
+    with _memory(model, options) as empty:
+        engine = Engine(model, tokenizer=tokenizer, options=options, empty=empty)
+        yield from engine.follow([engine.add(request, timings) for request in requests])
+
+
+@contextmanager
+def _memory(model: VideoModel, options: EngineOptions) -> Iterator[Callable[..., Tensor]]:
+    """For keys and values: on a CPU, what the call before this one left."""
+    if options.kv_bytes is None or any(device.type != "cpu" for device in model.layer_devices):
+        yield torch.empty
+        return
+    buffers = 4 * len(model.layer_devices)  # each may begin at the next line of the cache
+    with model.spare.lent(options.kv_bytes + buffers * ALIGNED) as arena:
+        yield arena.empty
 
 
 def _bounded(

@@ -22,7 +22,8 @@ class EngineOptions:
     feature_bytes  for features of media that may be asked about again
     max_sequences  answers under way at a time; others wait
     chunk          tokens of prompts prefilled in a step: what an answer under way waits for
-    idle_chunk     the same where none waits: more at once is computed faster
+    idle_chunk     the same where none waits, shared evenly among a prompt's steps: more at once is
+                   computed faster
     share          whether prompts with the same beginning share its keys and values, and the same
                    media their features
     exact          every token is computed in the same shapes whoever else is served and whatever
@@ -38,7 +39,7 @@ class EngineOptions:
     feature_bytes: int = 1 << 30
     max_sequences: int = 64
     chunk: int = 512
-    idle_chunk: int = 2048
+    idle_chunk: int = 3072
     share: bool = True
     exact: bool = False
     cuda_graphs: bool = False

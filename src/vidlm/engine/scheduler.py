@@ -272,13 +272,15 @@ class Scheduler:
         return None
 
     def _prefill(self, alone: bool) -> tuple[Work, ...]:
-        """Up to a chunk of tokens, in order of arrival; `alone`: no answer waits for the step.
+        """Up to a chunk of tokens, in order of arrival; `alone`: no answer waits for the step, and
+        steps take nearly as many each, as a last one of few tokens would be computed less well.
 
         A sequence whose next block is being computed for another one waits, to find it stored.
         """
         works: list[Work] = []
         under_way: set[bytes] = set()
-        chunk = (alone and self.limits.idle_chunk) or self.limits.chunk
+        idle = self.limits.idle_chunk if alone else None
+        chunk = self.limits.chunk if idle is None else self._even(idle)
         left = max(chunk, self.limits.grid or 0)
         for sequence in self._running:
             if not _prefilling(sequence):
@@ -294,6 +296,12 @@ class Scheduler:
             under_way.update(keys)
             left -= stop - begin
         return tuple(works)
+
+    def _even(self, chunk: int) -> int:
+        """Tokens of a step that leaves those behind it as many, in whole blocks."""
+        all_ = sum(each.length - each.computed for each in self._running if _prefilling(each))
+        steps, block = max(-(-all_ // chunk), 1), self.pool.block
+        return min(-(-all_ // (steps * block)) * block, chunk)
 
     def _reach(self, sequence: Sequence, left: int) -> int:
         """How far its next Work goes if `left` tokens may be computed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from vidlm.engine.blocks import BlockPool, block_keys
 from vidlm.engine.features import FeatureCache
@@ -20,7 +21,12 @@ from vidlm.native import Cache, Coded, tensors_of
 class Store:
     """The blocks of one engine, by whom they are owned and under which keys, and its features."""
 
-    def __init__(self, model: VideoModel, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: VideoModel,
+        options: EngineOptions,
+        empty: Callable[..., Tensor] = torch.empty,
+    ) -> None:
         self._model, self._share = model, options.share
         budget = options.kv_bytes
         if budget is None:
@@ -31,7 +37,9 @@ class Store:
         count = max(min(budget // self.block_bytes, most), 1)
         self.pool = BlockPool(count, BLOCK)
         blocks = count + options.cuda_graphs  # one that is nobody's, for `engine.graphs`
-        self.kv = PagedKV(blocks, BLOCK, model.device, coded=options.kv_dtype is not None)
+        self.kv = PagedKV(
+            blocks, BLOCK, model.device, coded=options.kv_dtype is not None, empty=empty
+        )
         self.features = FeatureCache(options.feature_bytes if options.share else 0)
 
     def keys(self, inputs: PromptInputs) -> list[bytes]:

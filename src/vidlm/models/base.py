@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vidlm import native
 from vidlm.errors import InvalidArgument
 from vidlm.media import Video
 from vidlm.nn.decoder import Decoder
@@ -140,6 +141,11 @@ class VideoModel(nn.Module):
     unquantized: tuple[str, ...] = ()  # parts that no scheme of fewer bits may touch
     penalises_prompt: bool = True  # whether a repetition penalty counts the prompt's tokens
     media_types: tuple[type[Media], ...] = (Media,)  # what its processor makes
+
+    @cached_property
+    def spare(self) -> native.Spare:
+        """Memory of keys and values which one `generate` leaves for the next."""
+        return native.Spare()
 
     @property
     def decoder(self) -> Decoder:

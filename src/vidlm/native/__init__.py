@@ -7,7 +7,7 @@ with the legend of vidlm.nn.
 from vidlm.native.coded import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.native.flash import flash, flash_blocks
 from vidlm.native.library import Status, library, status
-from vidlm.native.memory import LargePages, keep_freed
+from vidlm.native.memory import FROM_HEAP, Arena, LargePages, Spare, keep_freed
 from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
 from vidlm.native.packing import pack_rows
@@ -16,13 +16,16 @@ from vidlm.native.rows import add_rms_norm, gelu_tanh, quick_gelu, rms_norm, sil
 from vidlm.native.stack import Places, StackLayer, StackShape, StackTable, stack, takes_rows
 
 __all__ = [
+    "FROM_HEAP",
     "MOST_ROWS",
     "SCALE_BYTES",
+    "Arena",
     "Cache",
     "Coded",
     "LargePages",
     "PackedWeight",
     "Places",
+    "Spare",
     "StackLayer",
     "StackShape",
     "StackTable",

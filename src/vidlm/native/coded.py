@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,15 @@ class Coded:
     scales: Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], device: torch.device) -> Coded:
-        codes = torch.empty(shape, dtype=torch.int8, device=device)
-        return cls(codes, torch.empty(shape[:2], dtype=torch.float32, device=device))
+    def empty(
+        cls,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        empty: Callable[..., Tensor] = torch.empty,
+    ) -> Coded:
+        """Holding anything, in memory that `empty` finds, which is called as torch's."""
+        codes = empty(shape, dtype=torch.int8, device=device)
+        return cls(codes, empty(shape[:2], dtype=torch.float32, device=device))
 
     @property
     def shape(self) -> torch.Size:

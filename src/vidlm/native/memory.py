@@ -1,4 +1,4 @@
-"""Memory of a CPU: weights in large pages where the system has them, and freed memory kept.
+"""Memory of a CPU: weights in large pages where the system has them, and what was freed kept.
 
 Every token reads every weight, and a processor looks up where each page of them is: with pages of
 2 MiB instead of 4 KiB, linear layers of one token take about a tenth less time
@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 
 import torch
@@ -22,31 +22,75 @@ CHUNK = 64 << 20  # bytes asked for at a time; they are given back together
 ALIGNED = 64  # bytes: a line of the cache
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+SPARE = 1 << 30  # bytes that may wait for a next task
 KEPT = 256 << 20  # bytes at the end of the heap that may stay when they are freed
 FROM_HEAP = 32 << 20  # bytes of what comes from there; glibc takes no more for an answer
 
 
-class LargePages:
-    """Tensors of a CPU that lie side by side. What was asked for and never written takes no memory;
-    tensors keep what they are in alive, a chunk of it as long as any of them is there.
-
-    Where the system has no such pages, or has none left, they are of the usual size.
+class Arena:
+    """Tensors of a CPU that lie side by side in memory that was given; when it is full, or on other
+    devices, ordinary ones. They keep that memory alive, all of it as long as any of them is there.
     """
 
-    def __init__(self) -> None:
-        self._chunk = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._used = memory, 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-        """A tensor that holds anything; on other devices an ordinary one."""
+        """A tensor that holds anything. What was never written takes no memory."""
         size = prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if device.type != "cpu" or size == 0 or not self._has(size):
             return torch.empty(tuple(shape), dtype=dtype, device=device)
-        if size > len(self._chunk) - self._used:
-            self._chunk, self._used = _mapped(max(size, CHUNK)), 0
         start = self._used
         self._used += -(-size // ALIGNED) * ALIGNED
-        return self._chunk[start : start + size].view(dtype).view(tuple(shape))
+        return self._memory[start : start + size].view(dtype).view(tuple(shape))
+
+    def _has(self, size: int) -> bool:
+        return size <= len(self._memory) - self._used
+
+
+class LargePages(Arena):
+    """An Arena that grows, in large pages. Where the system has none left, they are of the usual
+    size; where it does not know them, tensors are ordinary ones."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.empty(0, dtype=torch.uint8))
+
+    def _has(self, size: int) -> bool:
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return False
+        if not super()._has(size):
+            self._memory, self._used = _mapped(max(size, CHUNK)), 0
+        return True
+
+
+class Spare:
+    """Memory of a CPU that one task leaves for the next: to get so much from the system, page by
+    page and cleared, takes longer than to write it (benchmarks/kept_memory.py). Copies and files of
+    what has a Spare have an empty one."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def lent(self, size: int) -> Iterator[Arena]:
+        """Room for tensors of so many bytes together, which nobody may look at afterwards. Tasks at
+        the same time get memory of their own."""
+        try:
+            memory = self._kept.pop()
+        except IndexError:
+            memory = torch.empty(0, dtype=torch.uint8)
+        if len(memory) < size:
+            del memory  # before there is more
+            with torch.inference_mode(False):  # a next task may not be in it
+                memory = torch.empty(size, dtype=torch.uint8)
+        try:
+            yield Arena(memory)
+        finally:
+            if len(memory) <= SPARE:
+                self._kept[:] = [memory]
+
+    def __reduce__(self) -> tuple[type[Spare], tuple[()]]:
+        return Spare, ()
 
 
 def _mapped(size: int) -> Tensor:
@@ -66,8 +110,7 @@ def keep_freed(environment: Mapping[str, str]) -> bool:
     malloc is glibc's and the environment says nothing else about it.
 
     Left to itself, glibc gives such memory back, and gets it page by page, cleared, for the next
-    layer. Kept, a prompt of 5,900 tokens of a 0.5B model takes less than half of the page faults
-    and 0.93 of the time (benchmarks/kept_memory.py). It concerns the whole process, until its end.
+    layer (benchmarks/kept_memory.py). It concerns the whole process, until its end.
     """
     own = environment.get("GLIBC_TUNABLES", "").find("glibc.malloc.") >= 0
     if own or any(name.startswith("MALLOC_") for name in environment):

@@ -18,7 +18,7 @@ from vidlm.errors import UnsupportedModel
 from vidlm.nn.activation import gated
 from vidlm.nn.attention import attend
 from vidlm.nn.embedding import Embedding
-from vidlm.nn.linear import bare, linear, linears
+from vidlm.nn.linear import bare, linear, linear_parts, linears, parted
 from vidlm.nn.stack import Stack
 from vidlm.nn.step import Step
 
@@ -208,6 +208,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         D, wide = config.hidden_size, config.intermediate_size
+        self.width = wide
         self.gate_proj = nn.Linear(D, wide, bias=False)
         self.up_proj = nn.Linear(D, wide, bias=False)
         self.down_proj = nn.Linear(wide, D, bias=False)
@@ -215,10 +216,15 @@ class MLP(nn.Module):
         self.gated_in_place = gated(config.hidden_act, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linears((self.gate_proj, self.up_proj), x)
         # A hook of gate_proj may have kept what it saw.
         act = self.gated_in_place if bare(self.gate_proj) else self.gated
-        return linear(self.down_proj, act(gate, up))
+        parts = parted((self.gate_proj, self.up_proj, self.down_proj), x, self.width)
+        if len(parts) == 1:
+            gate, up = linears((self.gate_proj, self.up_proj), x)
+            return linear(self.down_proj, act(gate, up))
+        gates, ups = (linear_parts(layer, parts) for layer in (self.gate_proj, self.up_proj))
+        hidden = [act(gate, up) for gate, up in zip(gates, ups, strict=True)]
+        return torch.cat(linear_parts(self.down_proj, hidden))
 
 
 class Layer(nn.Module):

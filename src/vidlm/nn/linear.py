@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from vidlm import native
 from vidlm.nn.packed import PackedLinear, product
+
+KEPT = native.FROM_HEAP // 16 * 15  # bytes: malloc adds a little to what it is asked for
 
 
 def bare(module: nn.Module) -> bool:
@@ -41,3 +44,27 @@ def linears(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         if len(weights) == len(layers):
             return native.linears(x, weights, [layer.bias for layer in layers])  # type: ignore[misc]
     return [linear(layer, x) for layer in layers]
+
+
+def parted(layers: Sequence[nn.Module], x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """x (T, D) in parts of nearly as many rows, of which `width` numbers each are little enough for
+    malloc to keep their memory when it is freed: what it gives back comes again page by page, which
+    takes longer than to compute what is in it. One part with gradients, off a CPU, and where one of
+    `layers` must be called, as whoever put something there expects it once.
+    """
+    most = KEPT // (width * x.itemsize)
+    if len(x) <= most or not x.is_cpu or torch.is_grad_enabled():
+        return (x,)
+    if any(weight_of(layer) is None for layer in layers):
+        return (x,)
+    return x.tensor_split(-(-len(x) // max(most, 1)))
+
+
+def linear_parts(layer: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
+    """layer(x) of each part; a packed weight is unpacked once."""
+    weight = weight_of(layer)
+    if len(parts) == 1 or weight is None:
+        return [linear(layer, part) for part in parts]
+    if isinstance(weight, native.PackedWeight):
+        weight = weight.numbers(parts[0].dtype, passing=not torch.is_grad_enabled())
+    return [product(part, weight, layer.bias) for part in parts]  # type: ignore[arg-type]
