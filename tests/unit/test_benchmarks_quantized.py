@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -119,15 +119,13 @@ def test_keys_and_values_in_int8_are_asked_of_an_engine(
 ) -> None:
     asked: list[Any] = []
 
-    class Engine:
-        def __init__(self, model: Any, *, options: Any) -> None:
-            asked.append((model, options.kv_dtype, options.share))
+    def run(model: Any, requests: Sequence[Any], *, options: Any) -> Iterator[Any]:
+        (request,) = requests
+        asked.append((model, options.kv_dtype, options.share))
+        asked.append((request.prompt.ids, request.params.max_new_tokens))
+        yield from (SimpleNamespace(id=id) for id in (7, 8, 9))
 
-        def stream(self, request: Any) -> Iterator[Any]:
-            asked.append((request.prompt.ids, request.params.max_new_tokens))
-            yield from (SimpleNamespace(id=id) for id in (7, 8, 9))
-
-    monkeypatch.setattr(quantized.vidlm, "Engine", Engine)
+    monkeypatch.setattr(quantized, "run", run)
     side, prompt = SimpleNamespace(model="model"), {"input_ids": torch.tensor([[1, 2]])}
     answered = quantized.with_int8_kv(side, prompt, 3)
     assert asked == [("model", "int8", False), ((1, 2), 3)]
