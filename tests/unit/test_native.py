@@ -302,6 +302,13 @@ def test_activations(dtype, ours, theirs) -> None:
     assert ours(torch.tensor([torch.nan, 1.0], dtype=dtype)).isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("act", [ours for ours, _ in ACTIVATIONS])
+def test_what_is_looked_up_is_what_is_computed(act) -> None:
+    x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)  # every number there is
+    looked_up, computed = act(x), torch.cat([act(part) for part in x.split(1000)])
+    assert torch.equal(looked_up.view(torch.int16), computed.view(torch.int16))
+
+
 @pytest.mark.parametrize("act", [native.gelu_tanh, native.quick_gelu])
 def test_activations_in_place(act) -> None:
     (x,) = draw(0, torch.bfloat16, (3, 37))
@@ -313,7 +320,7 @@ def test_activations_in_place(act) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_threads_or_company(dtype, shared) -> None:
-    x, weight = draw(0, dtype, (700, 70), (70,))
+    x, weight = draw(0, dtype, (1000, 70), (70,))  # enough to look activations up
     each = (
         lambda x: native.rms_norm(x, weight, 1e-6),
         native.gelu_tanh,

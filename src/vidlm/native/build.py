@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOURCES = ("linear.c", "packed.c", "unpack.c", "packing.c", "attention.c", "flash.c", "rows.c",
-           "stack.c", "crew.c")  # fmt: skip
+           "activations.c", "stack.c", "crew.c")  # fmt: skip
 HEADERS = ("crew.h", "jobs.h", "lanes.h", "packed.h", "spans.h", "tiles.h")
 # -fopenmp when compiling and not when linking: GOMP_* must come from the runtime that torch has
 # brought. A second one would start a second set of threads on the same cores.

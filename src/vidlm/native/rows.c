@@ -1,25 +1,7 @@
-/* What is done to each row or number by itself, in one pass over memory: norms, rotation, storing,
- * activations. Where plain torch rounds a result to bfloat16 before the next step, so does this. */
+/* What is done to each row by itself, in one pass over memory: norms, rotation, storing. Where plain
+ * torch rounds a result to bfloat16 before the next step, so does this. */
 #include "crew.h"
 #include "jobs.h"
-
-/* Rows are handed out in pieces of about this many bytes. */
-enum { PIECE = 32 * 1024 };
-
-/* DO for each `row` of COUNT, which take BYTES each. */
-#define ROWS(COUNT, BYTES, DO)                                                                 \
-    {                                                                                          \
-        int64_t share = PIECE / (BYTES) + 1, next = 0, done = 0;                               \
-        int64_t shares = ((COUNT) + share - 1) / share;                                        \
-        threads = hands(threads);                                                               \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                        \
-            for (int64_t piece; (piece = take(&next)) < shares;)                               \
-                for (int64_t row = piece * share; row < least((piece + 1) * share, COUNT); row++) \
-                    DO;                                                                        \
-            if (!omp_get_thread_num()) done = work_done();                                     \
-        }                                                                                      \
-        if (threads > 1) hands_came(done);                                                      \
-    }
 
 /* ---- RMSNorm ---------------------------------------------------------------------------------- */
 
@@ -165,64 +147,4 @@ static void decoded(const Codes *c, int64_t stretch, int64_t each, int type) {
 EXPORT void vidlm_decoded(const Codes *c, int type, int threads) {
     int64_t each = (c->S + TOKENS - 1) / TOKENS;
     ROWS(c->K * each, TOKENS * c->E * (type == BFLOAT16 ? 3 : 5), decoded(c, row, each, type))
-}
-
-/* ---- activations -------------------------------------------------------------------------------- */
-
-/* tanh(u) = 1 - 2 / (1 + e^(2u)); added to 1 it loses the digits that the plain form loses. */
-INLINE float gelu_tanh(float x) {
-    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return 0.5f * x * (1.f + (1.f - 2.f / (1.f + expf_(2.f * u))));
-}
-
-#define ACTIVATION(NAME, T, EXPRESSION)                                     \
-    static void NAME(const T *x, const T *other, T *y, int64_t n) {         \
-        (void)other;                                                        \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = EXPRESSION; \
-    }
-
-ACTIVATION(gelu_tanh_f32, float, gelu_tanh(x[i]))
-ACTIVATION(gelu_tanh_bf16, bf16, narrow(gelu_tanh(widen(x[i]))))
-ACTIVATION(quick_gelu_f32, float, x[i] * (1.f / (1.f + expf_(-(1.702f * x[i])))))
-ACTIVATION(quick_gelu_bf16, bf16,
-           narrow(widen(x[i]) * rounded(1.f / (1.f + expf_(-rounded(1.702f * widen(x[i])))))))
-ACTIVATION(silu_mul_f32, float, x[i] / (1.f + expf_(-x[i])) * other[i])
-ACTIVATION(silu_mul_bf16, bf16,
-           narrow(rounded(widen(x[i]) / (1.f + expf_(-widen(x[i])))) * widen(other[i])))
-
-/* y = act(x), or act(x) * other; y may be x. The last few numbers go through the same code as all
- * others, so that a row's result does not depend on how many rows there are. */
-#define APPLY(T, KERNEL)                                                     \
-    {                                                                        \
-        const T *a = (const T *)x + from, *b = other ? (const T *)other + from : 0; \
-        T *to = (T *)y + from;                                               \
-        int64_t whole = n / 16 * 16, rest = n - whole;                       \
-        KERNEL(a, b, to, whole);                                             \
-        if (rest) {                                                          \
-            T one[16] = {0}, two[16] = {0};                                  \
-            memcpy(one, a + whole, rest * sizeof(T));                        \
-            if (b) memcpy(two, b + whole, rest * sizeof(T));                 \
-            KERNEL(one, two, one, 16);                                       \
-            memcpy(to + whole, one, rest * sizeof(T));                       \
-        }                                                                    \
-    }
-
-static void activate(int kind, const char *x, const char *other, char *y, int64_t from, int64_t n,
-                     int type) {
-    switch (kind * 2 + type) {
-        case GELU_TANH * 2 + FLOAT32: APPLY(float, gelu_tanh_f32) break;
-        case GELU_TANH * 2 + BFLOAT16: APPLY(bf16, gelu_tanh_bf16) break;
-        case QUICK_GELU * 2 + FLOAT32: APPLY(float, quick_gelu_f32) break;
-        case QUICK_GELU * 2 + BFLOAT16: APPLY(bf16, quick_gelu_bf16) break;
-        case SILU_MUL * 2 + FLOAT32: APPLY(float, silu_mul_f32) break;
-        case SILU_MUL * 2 + BFLOAT16: APPLY(bf16, silu_mul_bf16) break;
-    }
-}
-
-EXPORT void vidlm_activation(int kind, const char *x, const char *other, char *y, int64_t count,
-                             int type, int threads) {
-    enum { STRETCH = 4096 };
-    int64_t stretches = (count + STRETCH - 1) / STRETCH;
-    ROWS(stretches, STRETCH * 4,
-         activate(kind, x, other, y, row * STRETCH, least(STRETCH, count - row * STRETCH), type))
 }

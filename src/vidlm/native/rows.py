@@ -11,7 +11,7 @@ from torch import Tensor
 from vidlm.native import plain
 from vidlm.native.calls import TYPES, kernels, pack, threads
 
-GELU_TANH, QUICK_GELU, SILU_MUL = range(3)  # as in rows.c
+GELU_TANH, QUICK_GELU, SILU_MUL = range(3)  # as in jobs.h
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
