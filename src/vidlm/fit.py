@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from vidlm.engine.kv import bytes_per_token, kv_dtype
+from vidlm.engine.options import EngineOptions
 from vidlm.errors import ContextOverflow, InvalidArgument
 
 MOST = 1 << 17  # frames that anything is reckoned for: 36 hours at one a second
 PICTURE = 1280 * 720 * 3  # bytes of a frame as it was decoded, which is kept beside its pixels
+READING = 128 << 20  # bytes that it takes beside them to decode and to resize frames of that size
+STEP = EngineOptions().idle_chunk  # tokens of a prompt that are computed at a time
 KV_PART = 2  # an engine gives one part in so many of the free memory to keys and values
 
 
@@ -23,18 +26,19 @@ class Need:
     tokens        in the prompt, the times of frames included
     kv_bytes      their keys and values, and those of the rest of the prompt and of the answer
     held_bytes    frames as decoded (as of 1280 x 720), pixels and features
-    tower_bytes   the vision tower at work, whatever the number of frames
+    work_bytes    what is worked in, whatever the number of frames: by the vision tower or by the
+                  decoder, whichever takes more, and by what reads the frames
     """
 
     frames: int
     tokens: int
     kv_bytes: int
     held_bytes: int
-    tower_bytes: int
+    work_bytes: int
 
     @property
     def bytes(self) -> int:
-        return self.kv_bytes + self.held_bytes + self.tower_bytes
+        return self.kv_bytes + self.held_bytes + self.work_bytes
 
     def fits(self, memory: int) -> bool:
         """Into so many free bytes."""
@@ -98,12 +102,15 @@ def need(
     own = video_tokens(config, frames) if tokens is None else tokens
     kinds = Dtypes.of(dtype)
     itemsize = kinds.weights.itemsize
+    work = text.step_bytes(STEP, itemsize)
+    if frames:
+        work = max(work, config.tower_bytes(itemsize)) + READING
     return Need(
         frames,
         own,
         bytes_per_token(*sizes, kv_dtype(kinds.kv, kinds.weights)) * (own + other_tokens),
         frames * PICTURE + config.held_bytes(frames, itemsize),
-        config.tower_bytes(itemsize) if frames else 0,
+        work,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,19 @@ from safetensors.torch import save_file
 import slowfast_forms
 import tiny
 from vidlm.errors import ContextOverflow, InvalidArgument
-from vidlm.fit import KV_PART, MOST, PICTURE, Several, fit_frames, largest, need, size, video_tokens
+from vidlm.fit import (
+    KV_PART,
+    MOST,
+    PICTURE,
+    READING,
+    STEP,
+    Several,
+    fit_frames,
+    largest,
+    need,
+    size,
+    video_tokens,
+)
 from vidlm.models import FAMILIES
 from vidlm.models.base import Media
 from vidlm.models.llava import LlavaConfig, LlavaNetwork
@@ -29,6 +40,19 @@ F32 = torch.float32
 
 
 @dataclass(frozen=True)
+class FakeText:
+    """Its layers work in so many numbers a token."""
+
+    step: int = 0
+    num_hidden_layers: int = 1
+    num_key_value_heads: int = 1
+    head_dim: int = 1
+
+    def step_bytes(self, tokens: int, itemsize: int) -> int:
+        return tokens * itemsize * self.step
+
+
+@dataclass(frozen=True)
 class Fake:
     """A family whose frames take what a test says; 8 bytes of keys and values a token."""
 
@@ -36,11 +60,7 @@ class Fake:
     held: int = 100
     tower: int = 1000
     time_tokens: int = 2
-    text_config: Any = field(
-        default_factory=lambda: SimpleNamespace(
-            num_hidden_layers=1, num_key_value_heads=1, head_dim=1
-        )
-    )
+    text_config: FakeText = FakeText()
 
     def video_tokens(self, frames: int) -> int:
         return frames * self.per_frame
@@ -57,9 +77,18 @@ def test_what_frames_need() -> None:
     assert (found.frames, found.tokens) == (3, 3 * (10 + 2))
     assert found.kv_bytes == 8 * (36 + 20)
     assert found.held_bytes == 3 * (PICTURE + 100)
-    assert found.bytes == found.kv_bytes + found.held_bytes + 1000
+    assert found.work_bytes == 1000 + READING
+    assert found.bytes == found.kv_bytes + found.held_bytes + found.work_bytes
     assert need(Fake(), F32, 0, 20).bytes == 8 * 20
     assert need(Fake(), F32, 3, 20, tokens=5).kv_bytes == 8 * 25
+
+
+def test_tower_and_decoder_work_in_turns() -> None:
+    decoder = Fake(text_config=FakeText(step=5))
+    assert need(decoder, F32, 0, 20).work_bytes == 5 * 4 * STEP
+    assert need(decoder, F32, 1, 20).work_bytes == 5 * 4 * STEP + READING
+    tower = Fake(tower=10**6, text_config=FakeText(step=5))
+    assert need(tower, F32, 1, 20).work_bytes == 10**6 + READING
 
 
 numbers = st.integers(1, 400)
@@ -101,10 +130,10 @@ def test_the_refusal_says_what_is_too_much() -> None:
         "fit"
     )
     with pytest.raises(InvalidArgument) as memory:
-        fit_frames(Fake(), F32, 30, 10, 9, 1000, 4 * PICTURE)
+        fit_frames(Fake(), F32, 30, 10, 9, 1000, 4 * PICTURE + READING)
     assert not isinstance(memory.value, ContextOverflow)
-    assert "9 frames take 24.9 MB beside the weights" in str(memory.value)
-    assert "11.1 MB are free" in str(memory.value)
+    assert "9 frames take 159.1 MB beside the weights" in str(memory.value)
+    assert "145.3 MB are free" in str(memory.value)
     assert "at most 3 frames fit" in str(memory.value)
 
 
@@ -117,8 +146,8 @@ def test_without_memory_only_the_context_counts() -> None:
 
 def test_half_of_what_is_free_is_for_keys_and_values() -> None:
     """As an engine parts it, which would refuse a prompt beyond that."""
-    config = Fake(per_frame=10**6, held=0, tower=0, time_tokens=0)  # 8 MB of keys and values each
-    memory = 8 * 10 * 10**6
+    config = Fake(per_frame=5 * 10**6, held=0, tower=0, time_tokens=0)  # 40 MB of keys and values
+    memory = 8 * 50 * 10**6
     most = fit_frames(config, F32, 5, 0, None, 10**9, memory)
     assert most == 4
     assert need(config, F32, 5, 5).bytes < memory
@@ -139,7 +168,7 @@ def test_several_videos_take_as_much_each() -> None:
     one, three = Fake(), Several(Fake(), 3)
     single, both = need(one, F32, 4, 0), need(three, F32, 4, 0)
     assert (both.tokens, both.held_bytes) == (3 * single.tokens, 3 * single.held_bytes)
-    assert both.tower_bytes == single.tower_bytes
+    assert both.work_bytes == single.work_bytes
     assert fit_frames(three, F32, 0, 4, None, 100, None) == 2  # 96 / (3 * 12)
 
 
@@ -181,7 +210,7 @@ def test_an_account_of_each_family(name: str) -> None:
     config = configs()[name]
     small, large = (need(config, torch.bfloat16, frames, 0) for frames in (64, 640))
     assert 0 < small.held_bytes < large.held_bytes
-    assert small.tower_bytes == large.tower_bytes > 0
+    assert small.work_bytes == large.work_bytes > READING
     assert small.tokens == video_tokens(config, 64)
 
 

@@ -246,7 +246,7 @@ def test_plans_know_it(folder: Path) -> None:
     assert full.weight_bytes == half.weight_bytes
     config = LlavaConfig.from_dict(tiny.FORMS["siglip-qwen2-tied"].config)
     one, two = (need(config, Dtypes(torch.float32, kv), 3, 20) for kv in (None, "int8"))
-    assert (one.held_bytes, one.tower_bytes) == (two.held_bytes, two.tower_bytes)
+    assert (one.held_bytes, one.work_bytes) == (two.held_bytes, two.work_bytes)
     assert one.kv_bytes > two.kv_bytes
     with pytest.raises(InvalidArgument, match="kv_dtype='int3'"):
         plan(folder, kv_dtype="int3")

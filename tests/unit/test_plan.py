@@ -115,7 +115,7 @@ def test_memory_follows_the_dtype_that_load_takes(
     made = plan(tmp_path, dtype=asked)
     assert (made.stored_dtype, made.dtype) == ("bfloat16", loaded)
     assert made.weight_bytes == width * numbers(model)
-    rest = made.held_bytes + made.tower_bytes
+    rest = made.held_bytes + made.work_bytes
     assert made.memory_bytes == made.weight_bytes + made.kv_bytes + rest
 
 
@@ -169,7 +169,7 @@ PLAN = Plan(
     most_frames=42,
     max_tokens=256,
     held_bytes=800,
-    tower_bytes=5000,
+    work_bytes=5000,
 )
 
 

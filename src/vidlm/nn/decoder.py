@@ -82,6 +82,13 @@ class DecoderConfig:
             values["sliding_window"] = None  # absent means 4096 to transformers
         return values
 
+    def step_bytes(self, tokens: int, itemsize: int) -> int:
+        """Memory that a layer works in for so many tokens of prompts. Roughly."""
+        heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        attention = 2 * self.hidden_size + 2 * heads  # rows, rows normed; q, k, v and what is found
+        mlp = 3 * self.hidden_size + 2 * self.intermediate_size  # and the MLP's own; gate and up
+        return itemsize * tokens * max(attention, mlp)
+
 
 _LLAMA = DecoderConfig(
     model_type="llama",

@@ -11,7 +11,6 @@ from vidlm.types import SamplingParams
 
 ANSWER_TOKENS = SamplingParams().max_new_tokens
 PROMPT_TOKENS = 64  # a chat template and a question of a sentence or two, roughly
-NOTE = "the working memory of the prefill comes on top"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Plan:
     most_frames   that leave room in the context for the question and a whole answer
     held_bytes    of the frames until they are answered about: as decoded (as of 1280 x 720
                   pixels), as pixels and as features
-    tower_bytes   of the vision tower at work, which the number of frames does not change
+    work_bytes    what is worked in, which the number of frames does not change: by the vision
+                  tower or by the decoder, whichever takes more, and by what reads the frames
     prompt_tokens a rough allowance for the template and the question
     time_tokens   of the text that says when each frame was, at most; 0 where none does
     free_bytes    of memory, if that was asked for, and most_frames_in_memory: how many fit then
@@ -74,7 +74,7 @@ class Plan:
     most_frames: int
     max_tokens: int
     held_bytes: int = 0
-    tower_bytes: int = 0
+    work_bytes: int = 0
     prompt_tokens: int = PROMPT_TOKENS
     time_tokens: int = 0
     scheme: Scheme | None = None
@@ -106,13 +106,13 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         weights = self.weight_bytes + self.unpacked_bytes
-        return weights + self.kv_bytes + self.held_bytes + self.tower_bytes
+        return weights + self.kv_bytes + self.held_bytes + self.work_bytes
 
     @property
     def fixed_bytes(self) -> int:
         """What is taken without any frame."""
         text = self.kv_bytes_per_token * (self.prompt_tokens + self.max_tokens)
-        return self.weight_bytes + self.unpacked_bytes + self.tower_bytes + text
+        return self.weight_bytes + self.unpacked_bytes + self.work_bytes + text
 
     @property
     def kv_bytes_per_frame(self) -> int:
@@ -130,7 +130,7 @@ class Plan:
             *("tokens_per_frame", "tokens", "fits", "kv_bytes", "memory_bytes"),
             *("fixed_bytes", "kv_bytes_per_frame", "bytes_per_frame"),
         )
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}, "note": NOTE}
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def __str__(self) -> str:
         rows = {**self._shapes(), **self._account()}
@@ -163,9 +163,8 @@ class Plan:
             "fits": f"{verdict} in a context of {self.context:,} tokens",
             "memory": f"{self._weights()} + {size(self.kv_bytes)} of keys and values"
             f"{f' in {self.kv_dtype}' if self.kv_dtype else ''} + {size(self.held_bytes)} of "
-            f"frames, pixels and features + {size(self.tower_bytes)} for the vision tower at work "
-            f"= {size(self.memory_bytes)};",
-            "": NOTE,
+            f"frames, pixels and features + {size(self.work_bytes)} to work in "
+            f"= {size(self.memory_bytes)}",
             **({} if self.scheme is None else {"packed": self._packed(self.scheme)}),
             "account": f"{size(self.fixed_bytes)} without a frame and {each} for each of "
             f"{self.frames:,}, of which {keys} are keys and values",

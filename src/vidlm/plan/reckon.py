@@ -62,7 +62,7 @@ def plan(
         most_frames=largest(lambda n: video_tokens(config, n) + other <= config.max_context),
         max_tokens=max_tokens,
         held_bytes=wanted.held_bytes,
-        tower_bytes=wanted.tower_bytes,
+        work_bytes=wanted.work_bytes,
         time_tokens=getattr(config, "time_tokens", 0),
         scheme=found.scheme,
         unpacked_bytes=weights.unpacked_bytes,
