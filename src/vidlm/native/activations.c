@@ -107,16 +107,27 @@ static void activate_bf16(int kind, const bf16 *table, const bf16 *x, const bf16
     if (other) apply_bf16(times_bf16, found, other, y, n);
 }
 
+typedef struct {
+    int kind, type;
+    const bf16 *table;
+    const char *x, *other;
+    char *y;
+    int64_t count;
+} Call;
+
+static void stretch(const Call *c, int64_t index) {
+    int64_t from = index * STRETCH, n = least(STRETCH, c->count - from);
+    int64_t at = from * (c->type == BFLOAT16 ? 2 : 4);
+    const void *x = c->x + at, *other = c->other ? c->other + at : 0;
+    void *y = c->y + at;
+    if (c->type == BFLOAT16) activate_bf16(c->kind, c->table, x, other, y, n);
+    else activate_f32(c->kind, x, other, y, n);
+}
+
 EXPORT void vidlm_activation(int kind, const char *x, const char *other, char *y, int64_t count,
                              int type, int threads) {
     const bf16 *table = type == BFLOAT16 && count >= WORTH ? table_of(kind) : 0;
+    Call call = {kind, type, table, x, other, y, count};
     int64_t stretches = (count + STRETCH - 1) / STRETCH;
-#define PLACES(T) (const T *)x + at, other ? (const T *)other + at : 0, (T *)y + at, n
-#define PART                                                                        \
-    {                                                                               \
-        int64_t at = row * STRETCH, n = least(STRETCH, count - at);                 \
-        if (type == BFLOAT16) activate_bf16(kind, table, PLACES(bf16));             \
-        else activate_f32(kind, PLACES(float));                                     \
-    }
-    ROWS(stretches, STRETCH * 4, PART)
+    ROWS(stretches, STRETCH * 4, stretch(&call, row))
 }
