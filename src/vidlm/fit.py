@@ -14,7 +14,7 @@ from vidlm.errors import ContextOverflow, InvalidArgument
 
 MOST = 1 << 17  # frames that anything is reckoned for: 36 hours at one a second
 PICTURE = 1280 * 720 * 3  # bytes of a frame as it was decoded, which is kept beside its pixels
-READING = 128 << 20  # bytes that it takes beside them to decode and to resize frames of that size
+READING = 128 << 20  # bytes to decode and resize such frames in, by benchmarks/long_videos.py
 STEP = EngineOptions().idle_chunk  # tokens of a prompt that are computed at a time
 KV_PART = 2  # an engine gives one part in so many of the free memory to keys and values
 

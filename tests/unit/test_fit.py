@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from vidlm.models.base import Media
 from vidlm.models.llava import LlavaConfig, LlavaNetwork
 from vidlm.models.slowfast import SlowFastConfig, SlowFastNetwork
 from vidlm.models.videollama3 import VideoLlama3Config
+from vidlm.nn.decoder import Layer
 from vidlm.plan import fit, plan
 
 F32 = torch.float32
@@ -212,6 +213,20 @@ def test_an_account_of_each_family(name: str) -> None:
     assert 0 < small.held_bytes < large.held_bytes
     assert small.work_bytes == large.work_bytes > READING
     assert small.tokens == video_tokens(config, 64)
+
+
+def test_a_layer_works_in_as_much_as_said() -> None:
+    """Where its MLP is at work: rows as they came and normed, and what its linear layers make."""
+    config = configs()["llava"].text_config
+    mlp, x = Layer(config, 0).mlp, torch.zeros(7, config.hidden_size)
+    made: list[int] = []
+    for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        layer.register_forward_hook(lambda layer, given, out: made.append(out.nbytes))
+    mlp(x)
+    assert config.step_bytes(7, 4) == 2 * x.nbytes + sum(made)
+    narrow = replace(config, intermediate_size=1)  # and where attention takes more
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    assert narrow.step_bytes(7, 4) == 2 * x.nbytes + 7 * 4 * heads
 
 
 def test_features_and_memory_are_as_large_as_said() -> None:
