@@ -21,7 +21,9 @@ from vidlm.hf import (
     AutoProcessor,
     ForConditionalGeneration,
     ProcessorMixin,
+    find,
 )
+from vidlm.hf.loading import read_load_options
 from vidlm.quant import preset, scheme_of
 from vidlm.weights import fingerprint
 
@@ -49,16 +51,16 @@ def load(
     Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; InvalidArgument for a
     value that is not allowed, and where weights have no room in max_memory.
     """
-    where = {"revision": revision, "local_files_only": local_files_only}
-    processor = AutoProcessor.from_pretrained(name, **where)
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        dtype=dtype,
-        device_map=device,
-        max_memory=max_memory,
-        quantization_config=None if quantize is None else preset(quantize),
-        **where,
-    )
+    how = {
+        "dtype": dtype,
+        "device_map": device,
+        "max_memory": max_memory,
+        "quantization_config": None if quantize is None else preset(quantize),
+    }
+    read_load_options(how)  # a wrong word is refused before anything is downloaded
+    folder = find(name, revision=revision, local_files_only=local_files_only)  # of one commit
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **how)
     return LM(model, processor, engine)
 
 

@@ -3,6 +3,7 @@
 from vidlm.media.fetch import FetchPolicy
 from vidlm.media.image import is_image, load_image
 from vidlm.media.policy import FramePolicy
+from vidlm.media.probe import probe
 from vidlm.media.sheet import contact_sheet
 from vidlm.media.stills import to_rgb
 from vidlm.media.video import (
@@ -26,6 +27,7 @@ __all__ = [
     "is_image",
     "load_image",
     "load_video",
+    "probe",
     "replace_video_with_images",
     "sample_frames",
     "to_rgb",

@@ -78,7 +78,7 @@ def load_video(
     if found is not None:
         return stills.from_list(found, options, str(source))
     with opened(source, access) as (file, name):
-        head = _head(file, name)
+        head = read_head(file, name)
         if stills.is_webp(head):
             return stills.from_webp(file, name, options)
         return decode.read(file, name, options)
@@ -98,7 +98,8 @@ def replace_video_with_images(text: str, frames: int) -> str:
     return text.replace("<video>", "<image>" * frames)
 
 
-def _head(file: BinaryIO, name: str) -> bytes:
+def read_head(file: BinaryIO, name: str) -> bytes:
+    """The first 12 bytes. Raises MediaError where there are none."""
     try:
         file.seek(0)
         head = file.read(12)
