@@ -12,7 +12,7 @@ import clips
 from vidlm.cli.options import Ask, Frames
 from vidlm.cli.outcome import outcome
 from vidlm.cli.sources import chosen_frames
-from vidlm.cli.tools import frames
+from vidlm.cli.sheets import frames
 from vidlm.errors import InvalidArgument
 
 
@@ -40,7 +40,7 @@ def video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 )
 def test_options_become_keywords(given: dict[str, Any], keywords: dict[str, Any]) -> None:
     assert chosen_frames(Ask(**given)) == keywords
-    assert chosen_frames(Frames(video="clip.mp4", **given)) == keywords
+    assert chosen_frames(Frames(videos=["clip.mp4"], **given)) == keywords
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_choice_that_means_nothing_is_refused(given: dict[str, Any], says: str
 def test_the_sheet_tells_what_was_chosen(
     video: str, given: dict[str, Any], shown: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outcome(frames, Frames(video=video, **given)) == 0
+    assert outcome(frames, Frames(videos=[video], **given)) == 0
     told = capsys.readouterr()
     assert [int(line.split()[0]) for line in told.err.splitlines()[1:]] == shown
     assert told.out == "clip_frames.png\n"

@@ -159,6 +159,25 @@ def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, An
             f"{path} was saved by an engine that was not exact, and this one is; save the video "
             "again with EngineOptions(exact=True)"
         )
+    _check_frames(path, index, frames)
+
+
+def check_saved(path: Path, frames: Mapping[str, Any]) -> None:
+    """What can be said of a saved video without the model: raises MediaNotFound or InvalidArgument
+    where it is none, is damaged, or has other frames than are asked for."""
+    if not path.is_file():
+        raise MediaNotFound(f"{path} does not exist; save a video with lm.video(...).save(path)")
+    try:
+        with safe_open(path, "pt") as file:
+            index = _index(_told(path, file.metadata() or {}))
+    except InvalidArgument:
+        raise
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+    _check_frames(path, index, frames)
+
+
+def _check_frames(path: Path, index: Index, frames: Mapping[str, Any]) -> None:
     if frames and dict(frames) != index.sampling:
         raise InvalidArgument(
             f"{path} was saved with the frames {index.sampling or 'of the default rule'}, asked "

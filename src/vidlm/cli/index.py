@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
 
-from vidlm.cli.ask import frame_keywords
-from vidlm.cli.loading import load_model
+from vidlm.cli.ask import frame_keywords, legible
+from vidlm.cli.loading import load_model, loading
 from vidlm.cli.options import Index
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import SAVED, STDIN, check_sources, chosen_frames, is_saved, read
+from vidlm.cli.sources import (
+    SAVED,
+    STDIN,
+    check_sources,
+    chosen_frames,
+    file_stem,
+    is_saved,
+    take,
+)
 from vidlm.errors import InvalidArgument
 
 
 def index(given: Index) -> None:
     """The files' paths on stdout. What can be wrong without a model is found before it is there."""
-    frames = frame_keywords(chosen_frames(given))
+    chosen = chosen_frames(given)
+    frames = frame_keywords(chosen)
     targets = target_files(given)
     check_sources(given.videos)
+    system = None if given.system is None else legible("--system", given.system)
     if given.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with Progress(given.quiet) as progress:
+        loading(given)
+        videos = take(given.videos, given, chosen, progress)
+        for folder in {target.parent for target in targets}:
+            make_folder(folder)
         lm = load_model(given.model, given, progress)
-        for source, target in zip(given.videos, targets, strict=True):
+        for source, taken, target in zip(given.videos, videos, targets, strict=True):
             began = time.perf_counter()
             progress.now(f"reading {source}")
-            video = lm.video(read(source), **frames)
+            video = lm.video(taken, **frames)
             count = f"{len(video.frames)} frames" if video.frames else "an image"
             progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
             began = time.perf_counter()
             progress.now(f"{count} for {target}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            video.save(target, kv=not given.no_kv, system=given.system)
+            video.save(target, kv=not given.no_kv, system=system)
             size = f"{target.stat().st_size / 1e6:,.1f} MB"
             progress.done(time.perf_counter() - began, "save", f"{target}, {size}")
             print(target, flush=True)
@@ -62,6 +76,13 @@ def target_files(given: Index) -> list[Path]:
     return targets
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and see before any work is done that files can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
 def _named(output: Path) -> Path:
     if output.suffix != SAVED:
         raise InvalidArgument(
@@ -74,4 +95,4 @@ def _named(output: Path) -> Path:
 def _name(source: str) -> str:
     if source == STDIN or source[:5].lower() == "data:":
         raise InvalidArgument("what is piped in has no name; give one with --output")
-    return Path(source.partition("?")[0]).stem + SAVED
+    return file_stem(source) + SAVED

@@ -96,6 +96,12 @@ def _fewer_frames(request: Request, over: int) -> str:
         return "shorten the prompt"
     per_frame = max(sum(item.tokens for item in media) // frames, 1)
     fit = max(frames - -(-over // per_frame), 0)
+    if not fit:
+        text = len(request.prompt.ids) - sum(item.tokens for item in media)
+        return (
+            f"the question and the rest of its text are too long: they take {text} of these tokens"
+            f", {frames} frames or images the others; shorten the text"
+        )
     return f"use at most {fit} frames or images (now {frames})"
 
 

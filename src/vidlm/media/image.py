@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 
 from vidlm.media.clip import DEFAULT_LIMITS, Limits
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
-from vidlm.media.source import Source, opened
+from vidlm.media.source import Source, is_pattern, opened
 from vidlm.media.stills import reading, to_rgb
 
 # What a name must end with to be taken for a still image. GIF, PNG and WebP may be animated, but
@@ -20,12 +21,14 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 
 
 def is_image(source: str | Path) -> bool:
-    """Whether a path or URL names a still image, by its ending (or a data URL by its type)."""
+    """Whether a path or URL names a still image, by its ending (or a data URL by its type). A
+    folder, and a pattern such as "frames/*.png", name the frames of a video."""
     name = str(source)
     if name[:5].lower() == "data:":
         return name[5:11].lower() == "image/"
-    path = urlsplit(name).path if "://" in name else name
-    return path.lower().endswith(SUFFIXES)
+    if "://" in name:
+        return urlsplit(name).path.lower().endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES) and not (os.path.isdir(name) or is_pattern(name))
 
 
 def load_image(

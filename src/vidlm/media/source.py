@@ -68,6 +68,8 @@ def _path(source: str | Path) -> Path:
             f"{scheme[0]} is not fetched; give http://, https://, file:// or data:, "
             "or download the video and give its path or bytes"
         )
+    if not source:
+        raise InvalidArgument("an empty path names no video; give a path, a URL or bytes")
     return Path(source)
 
 
@@ -124,7 +126,7 @@ def pictures(source: Any, access: FetchPolicy) -> list[Path] | None:
         return None
     path, text = Path(source), str(source)
     folder = os.path.isdir(text)
-    pattern = any(mark in text for mark in "*?[") and not os.path.exists(text)
+    pattern = is_pattern(text)
     if not folder and not pattern:
         return None
     check_local(path, access)
@@ -136,6 +138,11 @@ def pictures(source: Any, access: FetchPolicy) -> list[Path] | None:
         what = "is a folder without images" if folder else "matches no file"
         raise MediaError(f"{source} {what}; give a video file, or images ({', '.join(PICTURES)})")
     return sorted(found, key=_natural)
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that names no file is a pattern such as "frames/*.jpg"."""
+    return any(mark in path for mark in "*?[") and not os.path.exists(path)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
