@@ -35,8 +35,8 @@ def index(given: Index) -> None:
     with Progress(given.quiet) as progress:
         loading(given)
         videos = take(given.videos, given, chosen, progress)
-        for folder in {target.parent for target in targets}:
-            make_folder(folder)
+        for target in targets:
+            check_writable(target.parent)
         lm = load_model(given.model, given, progress)
         for source, taken, target in zip(given.videos, videos, targets, strict=True):
             began = time.perf_counter()
@@ -46,6 +46,7 @@ def index(given: Index) -> None:
             progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
             began = time.perf_counter()
             progress.now(f"{count} for {target}")
+            target.parent.mkdir(parents=True, exist_ok=True)
             video.save(target, kv=not given.no_kv, system=system)
             size = f"{target.stat().st_size / 1e6:,.1f} MB"
             progress.done(time.perf_counter() - began, "save", f"{target}, {size}")
@@ -58,7 +59,7 @@ def target_files(given: Index) -> list[Path]:
     saved = [source for source in given.videos if is_saved(source)]
     if saved:
         raise InvalidArgument(f"{saved[0]} is a saved video already; give the video itself")
-    if given.output is not None and len(given.videos) == 1:
+    if given.output is not None and len(given.videos) == 1 and not given.output.is_dir():
         targets = [_named(given.output)]
     else:
         folder = given.output or Path()
@@ -76,11 +77,14 @@ def target_files(given: Index) -> list[Path]:
     return targets
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, and see before any work is done that files can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+def check_writable(folder: Path) -> None:
+    """Raises OSError, before any work is done, where no file can be written into a folder, which
+    may not be there yet."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _named(output: Path) -> Path:

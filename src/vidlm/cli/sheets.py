@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vidlm.cli.index import check_writable
 from vidlm.cli.options import FRAMES, Frames
 from vidlm.cli.progress import Progress, printable
 from vidlm.cli.sources import STDIN, check_sources, chosen_frames, file_stem, is_saved, take
@@ -31,6 +32,9 @@ def frames(given: Frames) -> None:
     targets = _targets(given)
     with Progress(quiet=False) as progress:
         videos = take(given.videos, given, keywords, progress)
+        for target in targets:
+            if target != STDOUT:
+                check_writable(target.parent)
         processor = None if given.model is None else _processor(given.model, progress)
         for source, taken, target in zip(given.videos, videos, targets, strict=True):
             progress.now(f"reading {source}")

@@ -35,6 +35,12 @@ WAYS_OUT: Mapping[str, str] = {
     "give images in a list: load_video([path])": "give a folder of images, or a pattern",
     "read it yourself and give its bytes": "pipe its contents in, and give -",
     "or num_frames without sampling": "or --frames without --sampling",
+    ", a torch.device, or a dict of devices by names of parts, such as {'': 'cuda:0'}": "",
+    "give its path or bytes": "give its path",
+    "give a smaller start": "give a smaller --start",
+    "give a later end": "give a later --end",
+    "give one, or None": "give one, or leave it out",
+    "give start < end, or leave one of them out": "give --start before --end, or leave one out",
     "use num_frames, fps or indices": "use --frames, --fps or --indices",
 }
 
@@ -58,6 +64,7 @@ def spelled(said: str, options: Any = None) -> str:
             r"\{'(?:num_frames|fps|start|end|sampling|indices|times|max_frames)': [^{}]*\}",
             _as_words,
         ),
+        (r"\bthe frames (?=--)", ""),
     ):
         said = re.sub(keyword, option, said)
     return said
@@ -73,7 +80,9 @@ def _as_typed(said: str, options: Any) -> str:
     typed = getattr(options, "times", None)
     if typed is not None:
         said = re.sub(
-            r"^times with ([\d.e+-]+) s\b", lambda found: f"--times {_typed(found[1], typed)}", said
+            r"^times with ([\d.e+-]+) s, which is\b",
+            lambda found: f"--times {_typed(found[1], typed)} is",
+            said,
         )
     if getattr(options, "indices", None) is not None:
         said = re.sub(r"^indices with ", "--indices ", said)

@@ -203,12 +203,12 @@ def _uniform(pts: Times, policy: FramePolicy, *, start: float | None, stop: floa
 def _named(pts: Times, policy: FramePolicy, stop: float) -> Rows:
     """The rows of `indices`, or of what is on screen at `times`."""
     if policy.indices is not None:
-        rows = np.asarray(policy.indices, np.int64)
-        if rows.max() >= len(pts):
+        last = max(policy.indices)  # before it is a number of 64 bits, which it may exceed
+        if last >= len(pts):
             raise InvalidArgument(
-                f"indices with {rows.max()}: the clip has {len(pts)} frames, 0 to {len(pts) - 1}"
+                f"indices with {last}: the clip has {len(pts)} frames, 0 to {len(pts) - 1}"
             )
-        return rows
+        return np.asarray(policy.indices, np.int64)
     moments = np.asarray([seconds("times", time) for time in policy.times or ()])
     if moments.max() >= stop:
         raise InvalidArgument(
