@@ -30,7 +30,11 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What the layers alone would allow: importer, what it leaves alone, and the exceptions to that.
 APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("media", ("download", "hub", "text"), ()),  # a decode worker imports vidlm.media and nothing more
+    (
+        "media",
+        ("download", "hub", "text"),
+        (),
+    ),  # a decode worker imports vidlm.media and nothing more
     ("nn", ("vision", "weights"), ()),
     ("engine", ("models",), ("models.base",)),  # knows the family protocol, never a family
 )

@@ -11,8 +11,8 @@ from PIL import Image
 import clips
 from vidlm.cli.options import Ask, Frames
 from vidlm.cli.outcome import outcome
-from vidlm.cli.sources import chosen_frames
 from vidlm.cli.sheets import frames
+from vidlm.cli.sources import chosen_frames
 from vidlm.errors import InvalidArgument
 
 

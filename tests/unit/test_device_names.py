@@ -1,4 +1,4 @@
-"""Names of devices: one that torch cannot use here is refused, in Python and on the command line."""
+"""Names of devices: what torch cannot use here is refused, in Python and on the command line."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from vidlm.cli.interrupt import end_at_once
+from vidlm.cli.interrupt import end_at_once, finish
 
 if TYPE_CHECKING:
     import typer
@@ -24,7 +24,11 @@ def main() -> None:
     if sys.stdout is not None and sys.stdout.encoding.lower() in ("ascii", "us-ascii"):
         # The POSIX locale: an answer may hold any character, and UTF-8 is what terminals read.
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    application()(prog_name="vidlm")
+    try:
+        application()(prog_name="vidlm")
+    except SystemExit as ended:
+        finish(ended.code)
+        raise
 
 
 def application() -> typer.Typer:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = 130
@@ -34,6 +35,20 @@ def as_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, _end)
+
+
+def finish(code: object) -> None:
+    """All is done: Ctrl-C has nothing to end any more, and a command that it ended ends here.
+
+    Python would end with the signal instead of the code where the interrupt met an extension.
+    """
+    if not _may_handle():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == INTERRUPTED:
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 def _may_handle() -> bool:

@@ -21,8 +21,8 @@ from vidlm.hf.llava_next_video import (
 )
 from vidlm.hf.loading import DEMO, find
 from vidlm.hf.model import ForConditionalGeneration
+from vidlm.hf.pictures import shown
 from vidlm.hf.processor import ProcessorMixin
-from vidlm.hf.shown import shown
 from vidlm.hf.slowfast import LlavaQwenSlowFastForCausalLM, SlowFastProcessor
 from vidlm.hf.streamers import TextIteratorStreamer, TextStreamer
 from vidlm.hf.video_llava import (

@@ -128,6 +128,8 @@ def _may_lack(reader: Reader, file: BinaryIO, policy: FramePolicy) -> bool:
     if policy.indices is not None:
         count = reader.stream.frames
         return max(policy.indices) >= count if count else small
+    if policy.sampling == "keyframes":  # a window may have none
+        return small
     moments = [policy.window[0], *(seconds("times", each) for each in policy.times or ())]
     latest = max((moment for moment in moments if moment is not None), default=0.0)
     length = reader.container.duration  # microseconds
