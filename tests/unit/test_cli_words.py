@@ -18,12 +18,13 @@ from PIL import Image
 
 import web
 from house import ROOT
-from vidlm import __version__
-from vidlm.cli.options import Ask
+from vidlm import VideoHandle, __version__, load
+from vidlm.cli.options import Ask, Index
 from vidlm.cli.outcome import outcome
 from vidlm.demo.world import draw_clip, write_mp4
+from vidlm.hf import FrameOptions
 
-ask = import_module("vidlm.cli.ask")  # the package has a function of this name
+ask, index = (import_module(f"vidlm.cli.{name}") for name in ("ask", "index"))
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -147,6 +148,11 @@ def test_a_url_is_downloaded_once(place: Path, capfd: pytest.CaptureFixture[str]
         urls = [f"{server.url}/page/{name}" for name in server.pages]
         out, _ = asked({"videos": urls, "allow_private": True, "json": True}, capfd)
         assert [path for path, _ in server.seen] == ["/page/clip.mp4", "/page/still.png"]
+        target = place / "saved.safetensors"
+        given = Index(videos=urls[:1], model="demo", output=target, allow_private=True)
+        assert outcome(index.index, given) == 0
+        capfd.readouterr()
+    assert VideoHandle.load(load("demo"), target, FrameOptions()).name == urls[0]
     local, _ = asked({"videos": list(server.pages), "json": True}, capfd)
     assert json.loads(out)["text"] == json.loads(local)["text"]
     assert json.loads(out)["sources"] == urls
