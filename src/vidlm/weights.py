@@ -48,20 +48,30 @@ class Renames:
 
     table    (regular expression, replacement), tried in order; the first that matches is applied
     ignored  names of tensors that checkpoints carry and no forward pass reads
+    written  as `table`, from the module's names to those of published files, which `save` writes
     """
 
     table: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    written: tuple[tuple[str, str], ...] = ()
 
     def name(self, stored: str) -> str | None:
         """The parameter a stored tensor belongs to, or None where it is known to be unused."""
         if any(re.search(pattern, stored) for pattern in self.ignored):
             return None
-        for pattern, replacement in self.table:
-            renamed, hits = re.subn(pattern, replacement, stored, count=1)
-            if hits:
-                return renamed
-        return stored
+        return _renamed(stored, self.table)
+
+    def published(self, name: str) -> str:
+        """The name that published files have for a parameter."""
+        return _renamed(name, self.written)
+
+
+def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in table:
+        renamed, hits = re.subn(pattern, replacement, name, count=1)
+        if hits:
+            return renamed
+    return name
 
 
 @dataclass(frozen=True)
@@ -125,14 +135,17 @@ def load(
         _assign(model, alias, model.get_parameter(name))
 
 
-def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
+def save(
+    model: nn.Module, folder: Path, renames: Renames | None = None, *, shard: int = SHARD
+) -> None:
     """Write parameters and buffers as safetensors, in several files with an index past `shard`
-    bytes.
+    bytes, under the names that `renames` says published files have.
 
     Weights under these names that were in the folder before are gone afterwards.
     """
     named = chain(model.named_parameters(), _buffers(model))
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named}
+    published = (renames or Renames()).published
+    tensors = {published(name): tensor.detach().contiguous().cpu() for name, tensor in named}
     groups = _shards(tensors, shard)
     # Left in place, an index or the files of another division would be read instead of these.
     for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):

@@ -54,7 +54,7 @@ def counted(model: VideoModel) -> Iterator[Paid]:
         paid.prefilled += len(given[0]) if len(given[0]) > 1 else 0
 
     hooks = (
-        model.vision_tower.register_forward_pre_hook(tower),
+        model.model.vision_tower.register_forward_pre_hook(tower),
         model.decoder.register_forward_pre_hook(decoder),
     )
     try:

@@ -116,7 +116,7 @@ def test_shapes_are_those_of_one_alone(model: VideoModel) -> None:
     """One frame, one cell of a prompt or one token passes at a time, whoever is served."""
     passed: list[tuple[int, tuple[int, ...]]] = []
     hooks = (
-        model.vision_tower.register_forward_pre_hook(
+        model.model.vision_tower.register_forward_pre_hook(
             lambda _, given: passed.append((len(given[0]), ()))
         ),
         model.decoder.register_forward_pre_hook(

@@ -343,7 +343,7 @@ def test_models_that_cannot_be_recorded(folders: dict[str, Path]) -> None:
         slow_fast = load(folders["slow-fast"], device="cuda").model
         with pytest.raises(InvalidArgument, match="attend to a memory"):
             Engine(slow_fast, options=wanted)
-        last = "language_model.model.layers.1"
+        last = "model.language_model.layers.1"
         for where in (1, "cpu"):
             placed = load(folders["llava"], device={"": 0, last: where}).model
             with pytest.raises(InvalidArgument, match="on several devices or wait"):

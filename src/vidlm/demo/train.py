@@ -104,7 +104,7 @@ def answer_loss(model: LlavaNetwork, locate: nn.Linear, data: Batch) -> tuple[Te
     wanted = target != IGNORE
     right = (logits.argmax(-1) == target)[wanted].float().mean().item()
     loss = cross_entropy(logits, target, ignore_index=IGNORE)
-    decoder = model.language_model.model
+    decoder = model.decoder
     half_way = decoder.norm(layers[len(decoder.layers) // 2][places])
     return loss + PATCHES * _patch_loss(model, locate, half_way, data), right
 
@@ -206,7 +206,7 @@ def stages(
 def compile_layers(model: LlavaNetwork) -> None:
     """Compile each layer in place: after a minute of compiling, a quarter less time a step."""
     torch._dynamo.config.recompile_limit = 64  # one per layer and batch shape
-    tower, decoder = model.vision_tower.vision_model, model.language_model.model
+    tower, decoder = model.body.vision_tower, model.decoder
     for layer in (*tower.encoder.layers, *decoder.layers):
         layer.compile(dynamic=False)
 

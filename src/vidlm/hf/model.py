@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -67,6 +66,27 @@ class PretrainedModel(VideoModel):
     def renames(cls) -> Renames:
         return cls.family.renames
 
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """Where PEFT looks up how older releases of transformers named modules."""
+        return dict(self.renames().table)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """False: PEFT then leaves the embedding without the hook that checkpointing would need."""
+        return False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Read the names of every layout that checkpoints have had, too."""
+        renames = self.renames()
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = renames.name(key.removeprefix(prefix))
+            if name is not None and f"{prefix}{name}" not in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @classmethod
     def adapted(cls, config: Any, folder: Path, options: Mapping[str, Any]) -> Any:
         """The config with what the folder's files and `options` say otherwise."""
@@ -119,7 +139,7 @@ class PretrainedModel(VideoModel):
         if quantized is not None:
             config["quantization_config"] = scheme_of(quantized).to_dict()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save(self, folder)
+        save(self, folder, self.renames())
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
@@ -205,14 +225,21 @@ class BaseModel(PretrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for module in list(self.modules()):
-            if "lm_head" in module._modules:
-                del module.lm_head
+        body = self.model
+        del self.model, self.lm_head
+        for name, part in body.named_children():
+            self.add_module(name, part)
+        for name, parameter in body.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
 
     @classmethod
     def renames(cls) -> Renames:
+        """The family's, but for a head that is not there and "model." in front."""
         own = cls.family.renames
-        return replace(own, ignored=(*own.ignored, r"(^|\.)lm_head\."))
+        table = tuple((old, new.removeprefix("model.")) for old, new in own.table)
+        written = tuple((old.replace(r"^model\.", "^"), new) for old, new in own.written)
+        ignored = (*own.ignored, r"(^|\.)lm_head\.")
+        return Renames((*table, (r"^model\.", "")), ignored, (*written, ("^", "model.")))
 
     def tie(self) -> None:
         """There is no head to tie."""

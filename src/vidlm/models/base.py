@@ -148,13 +148,21 @@ class VideoModel(nn.Module):
         return native.Spare()
 
     @property
+    def body(self) -> Any:
+        """What holds all parts but the head: `model`, or the network itself where it was made
+        without a head."""
+        return self._modules.get("model", self)
+
+    @property
     def decoder(self) -> Decoder:
-        raise NotImplementedError
+        decoder: Decoder = self.body.language_model
+        return decoder
 
     @property
     def head(self) -> nn.Linear:
         """(T, D) -> (T, V)"""
-        raise NotImplementedError
+        head: nn.Linear = self.lm_head
+        return head
 
     def encode(self, media: Sequence[Media], *args: Any, **kwargs: Any) -> list[Encoded]:
         """The features of each item; a family may take more arguments, which it documents."""

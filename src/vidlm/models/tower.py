@@ -32,16 +32,21 @@ CHUNK = 4
 Layers = int | tuple[int, ...]
 
 
-# Ours are the hub's names (layout A). B: 4.52 module names; C: written by 5.x; D: 5.x in memory.
+# Modules have transformers 5's names in memory (D), so that adapters and code that name modules fit
+# both. Files have those of the hub (A), which are written too: every version of transformers reads
+# them. B: 4.52 module names; C: written by 5.x.
 RENAMES = Renames(
     table=(
+        (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+        (r"^(?:model\.)?language_model\.(?:model\.)?", "model.language_model."),
+        (r"^(?:model\.)?(vision|image|video)_tower\.(?:vision_model\.)?", r"model.\1_tower."),
+        (r"^(?:model\.)?(multi_modal_projector\.|image_newline$)", r"model.\1"),
+    ),
+    written=(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
-        (
-            r"^(?:model\.)?(vision|image|video)_tower\.(?:vision_model\.)?",
-            r"\1_tower.vision_model.",
-        ),
-        (r"^model\.(multi_modal_projector\.|image_newline$)", r"\1"),
+        (r"^model\.(\w+)_tower\.", r"\1_tower.vision_model."),
+        (r"^model\.", ""),
     ),
     ignored=(
         r"rotary_emb\.inv_freq$",
@@ -298,20 +303,26 @@ class Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+class TowerBody(nn.Module):
+    """Everything but the head: a family's towers under their names, projector and decoder."""
+
+    def __init__(self, config: TowerConfig, **towers: nn.Module) -> None:
+        super().__init__()
+        for name, tower in towers.items():
+            self.add_module(name, tower)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Decoder(config.text_config)
+
+
 class TowerModel(VideoModel):
-    """A family whose decoder and head are `language_model.model` and `language_model.lm_head`."""
+    """A family of a `TowerBody` and a head. Parameter names are those of transformers."""
 
-    language_model: Any  # a CausalLM
-
-    @property
-    def decoder(self) -> Decoder:
-        decoder: Decoder = self.language_model.model
-        return decoder
-
-    @property
-    def head(self) -> nn.Linear:
-        head: nn.Linear = self.language_model.lm_head
-        return head
+    def __init__(self, config: TowerConfig, body: TowerBody) -> None:
+        super().__init__()
+        self.config, text = config, config.text_config
+        self.model = body
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.tie()
 
 
 def in_chunks(encode: Callable[[Tensor], Tensor], frames: Tensor) -> Generator[None, None, Tensor]:

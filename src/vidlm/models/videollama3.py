@@ -301,14 +301,6 @@ class VideoLlama3Network(VideoModel):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie()
 
-    @property
-    def decoder(self) -> Decoder:
-        return self.model.language_model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.lm_head
-
     def _encoding(self, media: Sequence[Media]) -> Generator[None, None, list[Encoded]]:
         """Patches of each image or video -> its (M, D) features, those that are kept."""
         made = []
@@ -319,7 +311,7 @@ class VideoLlama3Network(VideoModel):
         return made
 
     def _tokens(self, item: Patches) -> Generator[None, None, Tensor]:
-        encoder, project = self.model.vision_model, self.model.projector
+        encoder, project = self.body.vision_model, self.body.projector
         encoder.check(item.pixels, item.grid, item.merge)
         (t, h, w), block = item.grid, item.merge**2
         kept = item.pixels.new_ones(t * h * w // block).bool() if item.kept is None else item.kept

@@ -276,12 +276,3 @@ class Decoder(nn.Module):
         if trace is not None:
             trace.append(x)
         return x
-
-
-class CausalLM(nn.Module):
-    """A decoder and its head, under the names of checkpoints."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

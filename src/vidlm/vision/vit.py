@@ -230,14 +230,3 @@ class VisionTransformer(nn.Module):
                 f"vision_feature_layer={layer}; this tower has {-count - 1} to {count}"
             )
         return depth
-
-
-class VisionTower(nn.Module):
-    """The name checkpoints put in front: `vision_tower.vision_model.*`."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.vision_model = VisionTransformer(config)
-
-    def forward(self, pixels: Tensor, feature_layers: Sequence[int]) -> Tensor:
-        return self.vision_model(pixels, feature_layers)
