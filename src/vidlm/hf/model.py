@@ -80,11 +80,18 @@ class PretrainedModel(VideoModel):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Read the names of every layout that checkpoints have had, too."""
-        renames = self.renames()
+        renames, renamed = self.renames(), set()
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = renames.name(key.removeprefix(prefix))
             if name is not None and f"{prefix}{name}" not in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict.pop(key)
+                renamed.add(name)
+        if hasattr(self, "peft_config") and not renamed <= dict(self.named_parameters()).keys():
+            raise InvalidArgument(
+                "this adapter has names of an older release of transformers, and PEFT's "
+                "load_adapter would drop its tensors; add the keyword key_mapping="
+                "model.get_base_model()._checkpoint_conversion_mapping to the call"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
@@ -297,6 +304,11 @@ class ForConditionalGeneration(PretrainedModel):
         one. As in transformers, a prompt or answer beyond the model's context is warned of and
         runs; `vidlm.load(...).ask` refuses it.
         """
+        if "prepare_inputs_for_generation" in self.__dict__:  # replaced, as PEFT does
+            raise UnsupportedModel(
+                "generate has no room for virtual tokens (prompt tuning, prefix tuning, p-tuning); "
+                "use an adapter of another kind, such as LoRA"
+            )
         defaults = {**self.generation_config, **(generation_config or {})}
         eos = self.config.text_config.eos_token_id
         try:
@@ -322,6 +334,21 @@ class ForConditionalGeneration(PretrainedModel):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
         return _joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `forward` takes in the next step of a loop of one's own: with past_key_values the
+        new tokens alone, without their media. `generate` does not call it."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if past_key_values is not None and past_key_values.get_seq_length():
+            inputs["input_ids"] = input_ids[:, past_key_values.get_seq_length() :]
+            inputs = {k: v for k, v in inputs.items() if k not in self.media_inputs}
+        return {**inputs, "past_key_values": past_key_values}
 
     def _warn_of_length(self, requests: Sequence[Request]) -> None:
         limit: int = self.config.max_context

@@ -169,7 +169,9 @@ class LlavaNextVideoNetwork(TowerModel):
         first = int((strategy or self.config.vision_feature_select_strategy) == "default")
 
         def patches(pixels: Tensor) -> Tensor:
-            return self.body.vision_tower(upload(pixels, self.device, self.dtype), wanted)[:, first:]
+            return self.body.vision_tower(upload(pixels, self.device, self.dtype), wanted)[
+                :, first:
+            ]
 
         def tile_tokens(pixels: Tensor) -> Tensor:
             return self.body.multi_modal_projector(patches(pixels))
