@@ -232,7 +232,7 @@ class BaseModel(PretrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        body = self.model
+        body = self.body
         del self.model, self.lm_head
         for name, part in body.named_children():
             self.add_module(name, part)

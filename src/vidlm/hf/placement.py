@@ -260,7 +260,7 @@ def _by_parameter(
     for key in sorted(told, key=len):
         mine = _below(names, key, renames)
         if not mine and not key.endswith("rotary_emb"):  # others' module without weights
-            tops = dict.fromkeys(re.match(r"(model\.)?[^.]*", name)[0] for name in names)
+            tops = dict.fromkeys(re.sub(r"^((model\.)?[^.]*).*", r"\1", name) for name in names)
             raise InvalidArgument(
                 f"device_map names {key!r}, which is no part of the model; its parts begin with "
                 f"{', '.join(tops)}, and '' stands for all"

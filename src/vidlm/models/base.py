@@ -161,7 +161,7 @@ class VideoModel(nn.Module):
     @property
     def head(self) -> nn.Linear:
         """(T, D) -> (T, V)"""
-        head: nn.Linear = self.lm_head
+        head: Any = self.lm_head
         return head
 
     def encode(self, media: Sequence[Media], *args: Any, **kwargs: Any) -> list[Encoded]:
