@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vidlm.engine import Request, Token, run
+from vidlm.engine import Request, run
 from vidlm.errors import InvalidArgument, UnsupportedModel
+from vidlm.hf.answers import collected, joined, streamed, written_length
 from vidlm.hf.forward import (
     AnswerKeywords,
     Call,
@@ -21,7 +22,7 @@ from vidlm.hf.forward import (
     placeholder_ids,
     read_keywords,
 )
-from vidlm.hf.generation import GenerateCall, read_call
+from vidlm.hf.generation import GenerateCall, generation_keywords, given_config, read_call
 from vidlm.hf.loading import load_model, read_load_options, saved_scheme
 from vidlm.hf.pack import mask_of, share
 from vidlm.hf.placement import Placement
@@ -288,52 +289,55 @@ class ForConditionalGeneration(PretrainedModel):
         *,
         streamer: Any = None,
         tokenizer: Any = None,
-        generation_config: Mapping[str, Any] | None = None,
+        generation_config: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompt and answer as one (B, L + n) tensor of ids, short rows filled with pad_token_id;
         with num_return_sequences, as many rows behind each other for each prompt.
 
         Media come under the names that `forward` takes them by. Further keywords, as in
-        transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
+        transformers: max_new_tokens or max_length, min_new_tokens or min_length, do_sample,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_strings (or stop),
         num_beams, num_return_sequences, length_penalty, early_stopping, eos_token_id, pad_token_id.
-        Where media alone exceed max_length, each counts as the one token written for it. What the
-        call leaves out comes from `generation_config`, then from the checkpoint's
-        generation_config.json. Raises TypeError on an unknown keyword, naming the nearest known
-        one. As in transformers, a prompt or answer beyond the model's context is warned of and
-        runs; `vidlm.load(...).ask` refuses it.
+        temperature, top_k, top_p and min_p count where do_sample is True, and are warned of
+        elsewhere. Where media alone exceed max_length, each counts as the one token written for it.
+        What the call leaves out comes from `generation_config`, a dict or transformers'
+        GenerationConfig, then from the checkpoint's generation_config.json. Raises TypeError on an
+        unknown keyword, naming the nearest known one, and InvalidArgument where the call or a file
+        has a value that changes answers and is not supported. As in transformers, a prompt or
+        answer beyond the model's context is warned of and runs; `vidlm.load(...).ask` refuses it.
         """
         if "prepare_inputs_for_generation" in self.__dict__:  # replaced, as PEFT does
             raise UnsupportedModel(
                 "generate has no room for virtual tokens (prompt tuning, prefix tuning, p-tuning); "
                 "use an adapter of another kind, such as LoRA"
             )
-        defaults = {**self.generation_config, **(generation_config or {})}
         eos = self.config.text_config.eos_token_id
         try:
             inputs = {name: kwargs.pop(name, None) for name in self.media_inputs}
+            generation_keywords(kwargs)  # a misspelt one is told of before media are read
+            defaults = {**self.generation_config, **given_config(generation_config)}
             shown = input_ids if self.returns_prompt else input_ids[:, :0]
             prompts = self._prompts(input_ids, mask_of(input_ids, None, attention_mask), inputs)
-            lengths = {"prompt_length": shown.shape[1], "written": _written(prompts)}
-            call = read_call(kwargs, defaults, **lengths, eos=eos)
+            lengths = {"prompt_length": shown.shape[1], "written": written_length(prompts)}
+            call = read_call(kwargs, defaults, **lengths, eos=eos, implied_sampling=False)
             watcher = self._tokenizer(call, tokenizer)
             requests = [Request(p, call.params, strict=False) for p in prompts]
             self._warn_of_length(requests)
             tokens = run(self, requests, tokenizer=watcher)
             if streamer is None:
-                answers = _collected(tokens, len(prompts), call.params.n)
+                answers = collected(tokens, len(prompts), call.params.n)
             elif len(prompts) > 1 or call.params.num_beams > 1 or call.params.n > 1:
                 raise InvalidArgument(
                     "a streamer takes one request, num_beams=1 and num_return_sequences=1"
                 )
             else:
-                answers = [_streamed(tokens, shown, streamer)]
+                answers = [streamed(tokens, shown, streamer)]
         except BaseException as error:
             if hasattr(streamer, "fail"):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
-        return _joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
+        return joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
 
     def prepare_inputs_for_generation(
         self,
@@ -386,41 +390,9 @@ class ForConditionalGeneration(PretrainedModel):
         return Tokenizer.from_folder(self.folder) if self.folder is not None else None
 
 
-def _written(prompts: Sequence[Prompt]) -> int:
-    """Length of the longest prompt as it was written, each image and video as one token."""
-    return max(len(p.ids) - sum(item.tokens - 1 for item in p.media) for p in prompts)
-
-
 def _own_tokens(config: Any) -> dict[str, Any]:
     """What stands in for a generation_config.json: the ids that the text_config names."""
     text = config.text_config
     eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
     values = {"eos_token_id": eos, "pad_token_id": text.pad_token_id}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _collected(tokens: Iterator[Token], requests: int, n: int) -> list[list[int]]:
-    """New ids of each answer; those of one request behind each other."""
-    answers: list[list[int]] = [[] for _ in range(requests * n)]
-    for token in tokens:
-        answers[token.request * n + token.choice].append(token.id)
-    return answers
-
-
-def _streamed(tokens: Iterator[Token], prompt: Tensor, streamer: Any) -> list[int]:
-    """The ids of one request, each passed on at once in the shape that streamers are used to."""
-    answer = []
-    streamer.put(prompt.cpu())
-    for token in tokens:
-        answer.append(token.id)
-        streamer.put(torch.tensor([token.id]))
-    streamer.end()
-    return answer
-
-
-def _joined(ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:
-    longest = max(len(answer) for answer in answers)
-    new = ids.new_full((len(answers), longest), pad)
-    for row, answer in zip(new, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
-    return torch.cat((ids, new), dim=1)
