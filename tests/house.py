@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "vidlm"
 # Lowest first. A module imports from its own layer or from a lower one. "" is vidlm/__init__.py.
 LAYERS = (
     ("errors", "types"),
-    ("media", "hub", "text"),
+    ("media", "foreign", "hub", "text"),
     ("native",),
     ("nn", "vision", "weights"),
     ("models", "quant"),
@@ -30,7 +30,11 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What the layers alone would allow: importer, what it leaves alone, and the exceptions to that.
 APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("media", ("hub", "text"), ()),  # a decode worker imports vidlm.media and nothing more
+    (
+        "media",
+        ("foreign", "hub", "text"),
+        (),
+    ),  # a decode worker imports vidlm.media and nothing more
     ("nn", ("vision", "weights"), ()),
     ("engine", ("models",), ("models.base",)),  # knows the family protocol, never a family
 )
@@ -48,7 +52,7 @@ ALSO = {
 }
 
 NEVER = ("transformers", "torchvision")  # oracles of the tests
-LIGHT = ("errors", "types", "media", "hub", "text")  # usable before, or without, torch
+LIGHT = ("errors", "types", "media", "foreign", "hub", "text")  # usable before, or without, torch
 TORCH_FREE = (*LIGHT, "engine.request", "engine.blocks", "engine.scheduler", "engine.sequence")
 
 # By the start of a path, the first that fits.

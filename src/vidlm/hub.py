@@ -22,6 +22,7 @@ from vidlm.errors import (
     UnsupportedModel,
     WeightsError,
 )
+from vidlm.foreign import explain_missing_config, refuse_foreign
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -185,14 +186,17 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
-    """The folder's config.json, as it stands."""
+    """The folder's config.json, as it stands.
+
+    Raises ModelError where there is none, UnsupportedModel where it is of another layout, saying
+    what the folder is.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelError(
-            f"{Path(folder)} has no config.json, so it is not a checkpoint; "
-            "pass the folder that holds config.json and the weights"
-        )
-    return read_json(path)
+        raise explain_missing_config(Path(folder))
+    config = read_json(path)
+    refuse_foreign(Path(folder), config)
+    return config
 
 
 def weight_files(folder: str | PathLike[str]) -> dict[str, Path]:

@@ -215,18 +215,14 @@ def told(given: Any, model: VideoModel | None = None) -> Placement:
             GPU,
             {f"{LAYERS}.1": GPU1},
         ),
+        ({"": 0, "language_model.model.layers.1": 1}, GPU, {f"{LAYERS}.1": GPU1}),  # the hub's
+        ({"": 0, "language_model.lm_head": 1}, GPU, {HEAD: GPU1}),
     ],
 )
 def test_maps(
     gpus: None, given: Any, main: torch.device, elsewhere: dict[str, torch.device]
 ) -> None:
     assert told(given) == Placement(main, elsewhere)
-
-
-def test_a_map_of_the_hubs_names(gpus: None) -> None:
-    hub = "language_model.model.layers"
-    given = {"": 0, f"{hub}.1": 1, "language_model.lm_head": 1}
-    assert told(given) == Placement(GPU, {f"{LAYERS}.1": GPU1, HEAD: GPU1})
 
 
 def test_the_map_that_transformers_writes(gpus: None) -> None:

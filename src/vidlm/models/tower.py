@@ -166,11 +166,11 @@ class FrameTokens:
 
     @classmethod
     def read(
-        cls, folder: Path, names: Mapping[str, Any], config_class: type[TowerConfig]
+        cls, folder: Path, names: Mapping[str, Any], config: TowerConfig | None
     ) -> FrameTokens:
         """From config.json, which is what the model obeys: processor_config.json (`names`) has been
         wrong by one on the hub (728 for 729), and counts only in a folder without a model."""
-        if not (folder / "config.json").is_file():
+        if config is None:
             missing = [f.name for f in fields(cls) if names.get(f.name) is None]
             if missing:
                 raise ModelError(
@@ -178,7 +178,6 @@ class FrameTokens:
                     f"{', '.join(missing)}; pass the folder or repository of the whole model"
                 )
             return cls(**{f.name: names[f.name] for f in fields(cls)})
-        config = config_class.from_dict(read_config(folder))
         vision = config.vision_config
         strategy = config.vision_feature_select_strategy
         return cls(vision.patch_size, int(vision.class_token), strategy)
@@ -219,16 +218,18 @@ class TowerProcessor:
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Read a checkpoint's folder, or one with the processor's files alone."""
+        own = any((folder / name).is_file() for name in (PROCESSOR_FILE, IMAGES_FILE))
+        whole = (folder / "config.json").is_file() or not own  # or an error that says what it is
+        config = cls.config_class.from_dict(read_config(folder)) if whole else None
         names = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).is_file() else {}
         images = names.get("image_processor") or read_json(folder / IMAGES_FILE)
         videos = names.get("video_processor") or images  # one file has been enough for both
         if not names.get("video_processor") and (folder / VIDEOS_FILE).is_file():
             videos = read_json(folder / VIDEOS_FILE)
         pixels = cls.image_class.from_dict(images), Preprocess.from_dict({**videos, "do_pad": None})
-        tokens = FrameTokens.read(folder, names, cls.config_class)
+        tokens = FrameTokens.read(folder, names, config)
         made = cls(Tokenizer.from_folder(folder), pixels, tokens, names)
-        if (folder / "config.json").is_file():
-            config = cls.config_class.from_dict(read_config(folder))
+        if config is not None:
             named: dict[Kind, str | None] = {"image": made.image_token, "video": made.video_token}
             check_placeholders(made.tokenizer, named, config.placeholders, folder)
         return made

@@ -195,6 +195,8 @@ class VideoLlama3Processor:
     @classmethod
     def from_folder(cls, folder: Path, rule: Rule = "hf") -> VideoLlama3Processor:
         """Read a checkpoint's folder in either layout, or one with the processor's files alone."""
+        if not any((folder / name).is_file() for name in (PROCESSOR_FILE, IMAGES_FILE)):
+            read_config(folder)  # an error that says what the folder is, or that a file is missing
         names = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).is_file() else {}
         images = names.get("image_processor") or read_json(folder / IMAGES_FILE)
         videos = names.get("video_processor")
