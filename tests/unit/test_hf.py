@@ -276,8 +276,8 @@ def test_entries_are_attributes() -> None:
     assert dict(**batch) == dict(batch.items())
     assert not hasattr(batch, "pixel_values")
     assert batch.to(torch.float16, device="cpu")["note"] == "text"
-    with pytest.raises(InvalidArgument, match="non_blocking"):
-        batch.to("cpu", non_blocking=True)
+    with pytest.raises(InvalidArgument, match="copy"):
+        batch.to("cpu", copy=True)
 
 
 class Terminal(io.StringIO):
