@@ -164,16 +164,18 @@ def save(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, renames: Renames | None = None) -> str:
     """32 hexadecimal digits that stand for a model's numbers, and take about as long as reading
-    them once. Names, shapes and dtypes count; config.json does not.
+    them once. Names as published files have them, shapes and dtypes count; config.json does not.
 
     The bits are taken as 64-bit words, of which each run of 128 is added up, past 64 bits from 0
     again, and the sums are hashed in order. No single number can differ without its run's sum, and
     no two change places but within a run; as nothing is rounded, no order of adding matters.
     """
     hashed = blake2b(digest_size=16)
-    named = chain(model.named_parameters(), model.named_buffers())
+    published = (renames or Renames()).published
+    pairs = chain(model.named_parameters(), model.named_buffers())
+    named = [(published(name), tensor) for name, tensor in pairs]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         hashed.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         for sums in _sums(tensor.detach()):

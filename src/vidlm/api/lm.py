@@ -107,7 +107,7 @@ class LM:
                 model_type=config.model_type,
                 dtype=dtype,
                 config=blake2b(words, digest_size=16).hexdigest(),
-                weights=fingerprint(self.model),
+                weights=fingerprint(self.model, self.model.renames()),
                 exact=self.engine.options.exact,
                 kv_dtype=self.engine.options.kv_dtype,
                 scheme=dtype if packed is None else str(scheme_of(packed)),
