@@ -22,7 +22,7 @@ from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.pack import padded
 from vidlm.hf.words import COMMON, FIRST, LAST, NONE, PixelProcessor, choice
-from vidlm.media import load_image, to_rgb
+from vidlm.media import to_rgb
 from vidlm.vision.anyres import PINPOINTS, AnyRes
 from vidlm.vision.patches import HALF, Patchify
 from vidlm.vision.preprocess import (
@@ -47,6 +47,7 @@ CLIP_WORDS: Mapping[str, Any] = {
     "image_mean": list(CLIP_MEAN),
     "image_std": list(CLIP_STD),
 }
+EDGES: Mapping[str, str] = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 PATCH_WORDS: Mapping[str, Any] = {
     **COMMON,
     "image_mean": list(HALF),
@@ -126,6 +127,28 @@ class ImageProcessor(PixelProcessor):
         return np.ascontiguousarray(out.to(pixels.dtype).numpy())
 
 
+class LlavaImageProcessor(ImageProcessor):
+    """Images for LLaVA, as CLIP's and SigLIP's processors -> pixel_values (B, 3, H, W)."""
+
+    defaults = CLIP_WORDS
+    kind = ("image_processor_type", "CLIPImageProcessor")
+    model_input_names = ("pixel_values",)
+    do_center_crop: bool
+
+    @property
+    def core(self) -> Preprocess:
+        return Preprocess.from_dict(self.words)
+
+    def pixels(
+        self, frames: Sequence[Frame], layouts: Sequence[str]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        return {"pixel_values": laid_out(map(self.core.one, frames), layouts, self)}
+
+    def to_dict(self) -> dict[str, Any]:
+        kind = "CLIPImageProcessor" if self.do_center_crop else "SiglipImageProcessor"
+        return {**super().to_dict(), "image_processor_type": kind}
+
+
 class VideoLlavaImageProcessor(ImageProcessor):
     """Images for Video-LLaVA: shortest edge, centre crop -> pixel_values_images (B, 3, H, W)."""
 
@@ -177,23 +200,44 @@ class PatchProcessor(PixelProcessor):
 
     for_videos: ClassVar[bool]
     size: dict[str, int]
-    min_pixels: int | None
-    max_pixels: int | None
 
     def __init__(self, **words: Any) -> None:
+        edges = {edge: words.pop(name, None) for name, edge in EDGES.items()}
         super().__init__(**words)
-        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        self.size |= {edge: pixels for edge, pixels in edges.items() if pixels is not None}
-        self.min_pixels = self.max_pixels = None  # `size` says it now
-        if self.size.keys() != edges.keys():
-            raise InvalidArgument(
-                f"size={self.size}; give the least and the most pixels of a frame, as "
-                f"{self.defaults['size']}"
-            )
-        if self.data_format == LAST:
+        if any(pixels is not None for pixels in edges.values()):
+            self.size = {**self.size, **{k: v for k, v in edges.items() if v is not None}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in EDGES:  # other words for those of `size`
+            if value is None:
+                return
+            name, value = "size", {**self.size, EDGES[name]: self._checked(name, value)}
+        if name == "size":
+            value = self._checked(name, value)
+            if value.keys() != set(EDGES.values()):
+                raise InvalidArgument(
+                    f"size={value}; give the least and the most pixels of a frame, as "
+                    f"{self.defaults['size']}"
+                )
+        if name == "data_format" and self._checked(name, value) == LAST:
             raise InvalidArgument(
                 f"data_format={LAST!r}: patches have their channels first; leave it out"
             )
+        super().__setattr__(name, value)
+
+    @property
+    def min_pixels(self) -> int:
+        """The least pixels of a frame, as `size` has it."""
+        return self.size["shortest_edge"]
+
+    @property
+    def max_pixels(self) -> int:
+        """The most pixels of a frame, as `size` has it."""
+        return self.size["longest_edge"]
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {**super().words, **dict.fromkeys(EDGES)}  # `size` says them
 
     @classmethod
     def adapted(cls, words: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -268,7 +312,7 @@ def flat_images(images: Any, grey: bool) -> Iterator[Any]:
 def read_frame(image: Any, words: PixelProcessor) -> tuple[Frame, str]:
     """An image as it was given -> RGB, PIL's or (3, H, W), and where its channels were."""
     if isinstance(image, str | Path):
-        image = load_image(image)
+        image = words.reader.image(image)
     if isinstance(image, Image.Image):
         if not words.do_convert_rgb and image.mode != "RGB":
             raise InvalidArgument(

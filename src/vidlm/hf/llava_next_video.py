@@ -14,7 +14,7 @@ from vidlm.hf.image_processing import LlavaNextVideoImageProcessor
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.pack import padded, stacked
-from vidlm.hf.processor import TOWER_WORDS, TowerProcessor
+from vidlm.hf.tower_processor import TOWER_WORDS, TowerProcessor
 from vidlm.hf.video_processing import LlavaNextVideoVideoProcessor
 from vidlm.models.base import Media
 from vidlm.models.llava_next_video import FAMILY, LlavaNextVideoNetwork, TiledImage

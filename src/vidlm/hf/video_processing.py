@@ -29,7 +29,7 @@ from vidlm.hf.image_processing import (
     warn_of_scaled,
 )
 from vidlm.hf.words import IGNORED, NONE, PixelProcessor, as_one
-from vidlm.media import Video, is_image, load_video
+from vidlm.media import Video, is_image
 from vidlm.media.sample import clamped, uniform_arange
 from vidlm.vision.preprocess import Frame, Preprocess
 
@@ -162,7 +162,7 @@ class VideoProcessor(PixelProcessor):
                 "leave it out"
             )
         if not isinstance(source, Video):
-            return load_video(source, **(self.rule() if self.do_sample_frames else {}))
+            return self.reader.video(source, **(self.rule() if self.do_sample_frames else {}))
         if explicit and self.do_sample_frames:
             raise InvalidArgument(
                 "num_frames, fps or do_sample_frames for a video that is loaded already; give them "

@@ -33,6 +33,13 @@ from vidlm.text.stream import clean_up
 from vidlm.text.vocabulary import from_vocabulary
 
 ARRAY_LIBRARY = {"np": "numpy", "pt": "torch"}
+UNBOUNDED = int(1e30)  # model_max_length of files that do not say it, as transformers has it
+SETTABLE = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"),
+    *("padding_side", "truncation_side", "model_max_length"),
+    *("clean_up_tokenization_spaces", "chat_template"),
+)
 
 
 class _IdOf:
@@ -70,8 +77,9 @@ def _backend(folder: Path) -> Backend:
 class Tokenizer:
     """A checkpoint's tokenizer, with the attribute and method names that users know.
 
-    bos_token, eos_token, unk_token, pad_token, padding_side, clean_up_tokenization_spaces and
-    chat_template may be set. `backend` is the tokenizers.Tokenizer underneath. Nothing truncates.
+    SETTABLE names the attributes that may be set; any other is an AttributeError, as it would have
+    no effect. `backend` is the tokenizers.Tokenizer underneath. The tokenizer itself never
+    truncates: model_max_length and truncation_side are for processors that are told to.
     """
 
     bos_token_id = _IdOf("bos_token")
@@ -99,8 +107,17 @@ class Tokenizer:
         self.clean_up_tokenization_spaces = bool(
             self._config.get("clean_up_tokenization_spaces", False)
         )
+        self.truncation_side: str = self._config.get("truncation_side") or "right"
+        self.model_max_length = int(self._config.get("model_max_length") or UNBOUNDED)
         self.chat_template = chat_template
         add_declared(backend, self._config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in (*SETTABLE, "backend", "_config"):
+            raise AttributeError(
+                f"a tokenizer has no attribute {name!r} to set; allowed: {', '.join(SETTABLE)}"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
@@ -266,15 +283,28 @@ class Tokenizer:
         padding: bool | str = False,
         padding_side: str | None = None,
         return_tensors: str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> dict[str, Any]:
-        """{"input_ids", "attention_mask"} of rows of ids, as `__call__` gives them for texts."""
-        _require("padding", padding, (False, True, "longest"))
+        """{"input_ids", "attention_mask"} of rows of ids, as `__call__` gives them for texts.
+
+        padding="max_length" brings rows to `max_length` tokens, longer ones staying as they are;
+        `pad_to_multiple_of` rounds the length of padded rows up.
+        """
+        _require("padding", padding, (False, True, "longest", "max_length", "do_not_pad"))
         _require("padding_side", padding_side, (None, "left", "right"))
         _require("return_tensors", return_tensors, (None, *ARRAY_LIBRARY))
         ids = [list(row) for row in rows]
         masks = [[1] * len(row) for row in ids]
-        if padding:
-            self._pad(ids, masks, padding_side or self.padding_side)
+        if padding and padding != "do_not_pad":
+            length = max(map(len, ids), default=0)
+            if padding == "max_length":
+                if max_length is None:
+                    raise InvalidArgument("padding='max_length' needs max_length, as batch has it")
+                length = max_length
+            if pad_to_multiple_of:
+                length += -length % pad_to_multiple_of
+            self._pad(ids, masks, padding_side or self.padding_side, length)
         if return_tensors is None:
             return {"input_ids": ids, "attention_mask": masks}
         return {
@@ -282,8 +312,8 @@ class Tokenizer:
             "attention_mask": _array(masks, return_tensors),
         }
 
-    def _pad(self, rows: list[list[int]], masks: list[list[int]], side: str) -> None:
-        """Bring all rows to the longest one's length, in place."""
+    def _pad(self, rows: list[list[int]], masks: list[list[int]], side: str, length: int) -> None:
+        """Bring all rows to at least this length, in place."""
         _require("tokenizer.padding_side", side, ("left", "right"))
         pad = self.pad_token_id
         if pad is None:
@@ -291,9 +321,8 @@ class Tokenizer:
                 f"padding needs a pad token of the vocabulary, tokenizer.pad_token is "
                 f"{self.pad_token!r}; set it, for example to tokenizer.eos_token"
             )
-        longest = max(map(len, rows), default=0)
         for row, mask in zip(rows, masks, strict=True):
-            missing = longest - len(row)
+            missing = max(length - len(row), 0)
             at = 0 if side == "left" else len(row)
             row[at:at] = [pad] * missing
             mask[at:at] = [0] * missing
