@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
+from vidlm.api.index_fields import Index, printable
+from vidlm.api.index_file import checked_name, damaged, read_index, write_index
 from vidlm.api.keywords import plain
 from vidlm.engine import Request, Timings
 from vidlm.engine.inputs import PromptInputs
@@ -19,7 +20,6 @@ from vidlm.errors import InvalidArgument
 from vidlm.hf import FrameOptions
 from vidlm.media import is_image
 from vidlm.models.base import Encoded, Media, Prompt
-from vidlm.native import Cache
 from vidlm.types import FrameRef, SamplingParams
 
 if TYPE_CHECKING:
@@ -75,10 +75,13 @@ class VideoHandle:
     def load(cls, lm: LM, path: Path, frames: FrameOptions) -> VideoHandle:
         """What `save` wrote. Raises InvalidArgument, naming what differs, where it was written by
         another model, dtype or version or with other frames than are asked for."""
-        index, media, layers = read_index(path, lm.identity, plain(frames))
+        index, media, layers = read_index(path, lm.identity, lm.model, plain(frames))
         here = tuple(_on_device(item, lm) for item in media)
         prompt = Prompt(index.prompt, here)
-        _check_whole(path, lm, prompt, layers)
+        try:
+            PromptInputs(lm.model, prompt, None)
+        except InvalidArgument as error:
+            raise damaged(path, error) from error
         if layers:
             lm.engine.store(prompt, layers)
         made_by = weights_stamp(lm.model)
@@ -121,9 +124,9 @@ class VideoHandle:
         layers = engine.stored(prompt) if kv else []
         index = Index(
             identity=lm.identity,
-            name=self.name,
+            name=printable(self.name),
             frames=self.frames,
-            warnings=self.warnings,
+            warnings=tuple(map(printable, self.warnings)),
             parts=self.parts,
             sampling=self.sampling,
             prompt=prompt.ids,
@@ -179,21 +182,6 @@ def _part(source: Any) -> dict[str, Any]:
     if isinstance(source, str | Path):
         return {"type": "image", "path": str(source)}
     return {"type": "image", "image": source}
-
-
-def _check_whole(path: Path, lm: LM, prompt: Prompt, layers: Sequence[tuple[Cache, Cache]]) -> None:
-    """Whether what a file says fits together, and the model that it names."""
-    try:
-        PromptInputs(lm.model, prompt, None)
-    except InvalidArgument as error:
-        raise damaged(path, error) from error
-    if not layers:
-        return
-    sizes, shapes = lm.model.decoder.config, {tuple(x.shape) for pair in layers for x in pair}
-    (shape,) = shapes if len(shapes) == 1 else [()]
-    known = shape[::2] == (sizes.num_key_value_heads, sizes.head_dim)
-    if len(layers) != sizes.num_hidden_layers or not known or shape[1] > len(prompt.ids):
-        raise damaged(path, f"{len(layers)} layers of keys and values of shapes {shapes}")
 
 
 def _on_device(item: Media, lm: LM) -> Media:

@@ -47,6 +47,11 @@ class PromptInputs:
         return [item.digest for item in self._prompt.media]
 
     @property
+    def origin(self) -> bytes:
+        """Digest of the first file that media were read from; none where there is no such file."""
+        return next((item.origin for item in self._prompt.media if item.origin), b"")
+
+    @property
     def ids(self) -> tuple[int, ...]:
         return self._prompt.ids
 

@@ -49,8 +49,14 @@ class Store:
         return block_keys(inputs.ids, inputs.spans, BLOCK, self.root(inputs))
 
     def root(self, inputs: PromptInputs) -> bytes:
-        """Where text attends to media ahead of it, its keys and values depend on all of them."""
-        return b"".join(inputs.digests) if self._model.has_memory else b""
+        """What a prompt's keys and values depend on besides ids and media up to a block's end.
+
+        Where text attends to media ahead of it, all of them. And the file that media were read
+        from: it may bring keys and values of the text in front of them, too, which nobody else
+        may find.
+        """
+        ahead = b"".join(inputs.digests) if self._model.has_memory else b""
+        return inputs.origin + ahead
 
     def covers(self, inputs: PromptInputs, keys: Sequence[bytes]) -> bool:
         """Whether all media of a prompt are stored as keys and values, so that no layer asks for
