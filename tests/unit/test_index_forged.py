@@ -15,39 +15,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import slowfast_forms
-import tiny
 import video_forms
 import vidlm
+from families import FAMILIES, write_family
 from saved_files import metadata, read
 from straight import nothing_is_held
 from vidlm.engine import EngineOptions
 from vidlm.models.base import VideoModel
 
-FAMILIES = ("llava", "next-vicuna", "video-llava", "videollama3", "slow-fast")
 SYSTEM = "You are told nothing but the truth about what is to be seen here, and you say it."
 QUESTIONS = ("what happens?", "and what does not happen in it?")
 CLIP = video_forms.clip(3, frames=6)
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}VIDEO"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}assistant:"
-)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "llava":
-        return tiny.write(folder)
-    if request.param == "slow-fast":
-        return slowfast_forms.write(folder)
-    form = video_forms.FORMS[request.param]
-    form.network().save_pretrained(folder)
-    video_forms.write_tokenizer(folder)
-    form.processor(folder).save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("VIDEO", form.video))
-    return folder
+    return write_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def loaded(folder: Path, **options: Any) -> vidlm.LM:

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import save
 from torch import Tensor
 
-import tiny
 import video_forms
 import vidlm
+from families import write_family
 from saved_files import metadata, put, read, rewrite
 from vidlm.errors import InvalidArgument, VidlmError
 
@@ -39,17 +39,8 @@ def mutate(value: Any, rng: random.Random) -> Any:
 
 @pytest.fixture(scope="module", params=["llava", "videollama3"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> vidlm.LM:
-    if request.param == "llava":
-        return vidlm.load(tiny.write(tmp_path_factory.mktemp("tiny")))
-    folder, form = tmp_path_factory.mktemp("videollama3"), video_forms.FORMS["videollama3"]
-    form.network().save_pretrained(folder)
-    video_forms.write_tokenizer(folder)
-    form.processor(folder).save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
-        "{% else %}<|video_pad|>{% endif %}{% endfor %}{% endfor %}"
-    )
-    return vidlm.load(folder)
+    folder = tmp_path_factory.mktemp(request.param)
+    return vidlm.load(write_family(request.param, folder))
 
 
 def test_any_mutation_is_an_answer_or_an_error_of_ours(family: vidlm.LM, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image
 from vidlm.api.index_fields import Index, printable
 from vidlm.api.index_file import checked_name, damaged, read_index, write_index
 from vidlm.api.keywords import plain
-from vidlm.engine import Request, Timings
+from vidlm.engine import Request, Timings, prefix_kv
+from vidlm.engine.ambient import Autocast
+from vidlm.engine.answers import budget_of
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.store import weights_stamp
 from vidlm.errors import InvalidArgument
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from vidlm.api.answer import Answer, AnswerStream
     from vidlm.api.chat import Chat
     from vidlm.api.lm import LM
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +118,25 @@ class VideoHandle:
         to a .safetensors file, which `lm.video(path)` answers from without the video.
 
         `system` is the system prompt that questions will have: it stands in front of the video.
-        Pixels are not kept. Raises InvalidArgument for another suffix, OSError where it cannot be
-        written.
+        Keys and values are computed for it where the engine does not have them, and never under
+        autocast. Those of an exact engine are of whole cells of 512 tokens: of a shorter prompt
+        there are none, and a line of the log says so. Pixels are not kept; control characters in
+        the name and in warnings are written as escapes. Raises InvalidArgument for another suffix,
+        ContextOverflow where no question would fit, OSError where it cannot be written.
         """
         path = checked_name(path)
         lm, engine = self.checked(self.lm, FrameOptions()).lm, self.lm.engine
         prompt = self._beginning(system)
-        if kv:  # puts what is stored below into the cache, features too
-            for _ in engine.stream(Request(prompt, SamplingParams(max_new_tokens=1))):
-                pass
-        layers = engine.stored(prompt) if kv else []
+        budget_of(lm.model, Request(prompt, SamplingParams(max_new_tokens=1)))
+        with Autocast.off(lm.model).entered():
+            encoded = engine.features(self.media)
+            layers = prefix_kv(engine, prompt, encoded) if kv else []
+        if kv and not layers:
+            LOG.warning(
+                "%s: no keys and values are saved, as the %d tokens of the prompt are less than "
+                "the engine stores; the features are",
+                *(path, len(prompt.ids)),
+            )
         index = Index(
             identity=lm.identity,
             name=printable(self.name),
@@ -131,7 +146,7 @@ class VideoHandle:
             sampling=self.sampling,
             prompt=prompt.ids,
         )
-        write_index(path, index, self.media, engine.features(self.media), layers)
+        write_index(path, index, self.media, encoded, layers)
 
     def checked(self, lm: LM, frames: FrameOptions) -> VideoHandle:
         """This handle. Raises InvalidArgument where it is not of this model as it is now, or has
