@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import inf
+from typing import Any, SupportsFloat
 
 from vidlm.errors import InvalidArgument, unknown_keyword
 from vidlm.text import Tokenizer
-from vidlm.types import SamplingParams
+from vidlm.types import GREEDY_BELOW, SamplingParams
 
 # Keywords with a meaning, and what each is when neither the caller nor the checkpoint says.
 DEFAULTS: Mapping[str, Any] = {
@@ -114,16 +115,24 @@ def stop_tokenizer(
 def _samples(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     if "do_sample" in given:
         chosen = sorted(
-            name for name in SAMPLING if name in given and given[name] not in NEUTRAL[name]
+            name
+            for name in SAMPLING
+            if name in given and given[name] not in NEUTRAL[name]
+            if not (name == "temperature" and _no_temperature(given[name]))
         )
         if not given["do_sample"] and chosen:
             raise InvalidArgument(
                 f"do_sample=False with {', '.join(chosen)}, which only sampling uses; leave one out"
             )
         return bool(given["do_sample"])
-    if given.get("temperature") == 0:
+    if _no_temperature(given.get("temperature")):
         return False
     return bool(base.get("do_sample")) or any(name in given for name in SAMPLING)
+
+
+def _no_temperature(value: Any) -> bool:
+    """Whether a temperature means greedy."""
+    return isinstance(value, int | float) and 0 <= value < GREEDY_BELOW
 
 
 def _choices(merged: Mapping[str, Any], sample: bool) -> int:
@@ -146,9 +155,10 @@ def _choices(merged: Mapping[str, Any], sample: bool) -> int:
 
 def _filters(merged: Mapping[str, Any]) -> dict[str, Any]:
     temperature = _or(merged["temperature"], 1.0)
-    if temperature <= 0:
+    if not isinstance(temperature, SupportsFloat) or not 0 < float(temperature) < inf:
         raise InvalidArgument(
-            f"temperature={temperature} with do_sample=True; allowed: above 0, or do_sample=False"
+            f"temperature={temperature!r} with do_sample=True; allowed: a finite number above 0, "
+            "or do_sample=False"
         )
     return {
         "temperature": float(temperature),
