@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import SupportsFloat, SupportsIndex
 
 from vidlm.errors import InvalidArgument
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
+GREEDY_BELOW = 1e-5  # a temperature: logits divided by less than that may overflow (as in vLLM)
+MAX_LENGTH_PENALTY = 32  # so that no length to this power overflows
 
 
 class FinishReason(Enum):
@@ -23,9 +26,9 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    Greedy unless `temperature` is above 0. The filters apply in this order: repetition penalty,
-    min_new_tokens, temperature, top_k, top_p, min_p (the order of transformers' logits
-    processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
+    Greedy unless `temperature` is at least 1e-5; below, it becomes 0. The filters apply in this
+    order: repetition penalty, min_new_tokens, temperature, top_k, top_p, min_p (the order of
+    transformers' logits processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
     `seed=None` draws from torch's global generator. `n` asks for as many answers, of which each
     draws with a seed one higher. `logprobs` asks for the log-probability of each token, and of so
     many of the likeliest beside it.
@@ -50,6 +53,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
+        if 0 <= self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._check(
             "min_new_tokens",
@@ -61,7 +67,8 @@ class SamplingParams:
         self._check("top_k", self.top_k >= 0, "0 (off) or more")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
         self._check("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off")
+        positive = 0 < self.repetition_penalty < math.inf
+        self._check("repetition_penalty", positive, "above 0, and finite; 1 is off")
         self._check("num_beams", self.num_beams >= 1, "at least 1")
         self._check("n", 1 <= self.n <= MAX_CHOICES, f"from 1 to {MAX_CHOICES}")
         self._check(
@@ -70,7 +77,8 @@ class SamplingParams:
             f"None, or from 0 to {MAX_LOGPROBS} likeliest tokens beside the chosen one",
         )
         self._check("stop", all(self.stop), "non-empty strings")
-        self._check("length_penalty", math.isfinite(self.length_penalty), "a finite number")
+        most = MAX_LENGTH_PENALTY
+        self._check("length_penalty", abs(self.length_penalty) <= most, f"from -{most} to {most}")
         in_range = self.seed is None or 0 <= self.seed < 2**63
         self._check("seed", in_range, "None, or from 0 to 2**63 - 1")
         if self.num_beams > 1 and self.temperature > 0:
@@ -88,6 +96,16 @@ class SamplingParams:
                 f"stop={self.stop!r} with num_beams={self.num_beams}: beams cannot be stopped by "
                 "strings, only by eos_token_ids; use num_beams=1 or leave stop out"
             )
+
+    def _check_types(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "n"):
+            self._check(name, isinstance(getattr(self, name), SupportsIndex), "a whole number")
+        for name in ("seed", "logprobs"):
+            value = getattr(self, name)
+            whole = value is None or isinstance(value, SupportsIndex)
+            self._check(name, whole, "a whole number, or None")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
+            self._check(name, isinstance(getattr(self, name), SupportsFloat), "a number")
 
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:

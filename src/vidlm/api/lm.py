@@ -11,7 +11,8 @@ from typing import Any
 from vidlm.api.answer import Answer, AnswerStream
 from vidlm.api.chat import Chat
 from vidlm.api.handle import VideoHandle
-from vidlm.api.index_file import Identity, is_index
+from vidlm.api.index_fields import Identity
+from vidlm.api.index_file import is_index
 from vidlm.api.keywords import read_options
 from vidlm.engine import Engine, EngineOptions, Timings
 from vidlm.engine.store import weights_stamp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vidlm.engine.aio import AsyncEngine
 from vidlm.engine.engine import Engine
-from vidlm.engine.loop import generate, run
+from vidlm.engine.loop import generate, prefix_kv, run
 from vidlm.engine.options import EngineOptions, EngineStats
 from vidlm.engine.request import Failure, Output, Request, Token
 from vidlm.engine.timing import Timings
@@ -20,5 +20,6 @@ __all__ = [
     "Timings",
     "Token",
     "generate",
+    "prefix_kv",
     "run",
 ]

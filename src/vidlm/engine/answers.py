@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vidlm.engine import beam
+from vidlm.engine.ambient import Autocast
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.kv import Table
 from vidlm.engine.request import Request
@@ -62,12 +63,14 @@ class Group:
     answers   those that are not finished, by the number of their scheduled sequence
     pending   choices that begin when the prompt is prefilled
     encoding  of its media, once it has begun
+    autocast  of the thread that submitted it, under which all of it is computed
     """
 
     id: int
     request: Request
     inputs: PromptInputs
     timings: Timings
+    autocast: Autocast
     answers: dict[int, Answer] = field(default_factory=dict)
     pending: list[int] = field(default_factory=list)
     encoding: Generator[None, None, None] | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidlm import native
+from vidlm.engine.ambient import Autocast, default_cpu, step_state
 from vidlm.engine.answers import Group, budget_of
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.options import BLOCK, EngineOptions, EngineStats
@@ -76,12 +77,13 @@ class Engine:
         Raises ContextOverflow where the prompt leaves no room for an answer, InvalidArgument where
         media and placeholders differ or the KV cache could never hold the request.
         """
-        with self._turns.turn():
+        with self._turns.turn(), default_cpu():
             self._check_weights()
             budget = budget_of(self.model, request)
             cache = self._store.features if self.options.share else None
-            inputs = PromptInputs(self.model, request.prompt, cache)
-            group = Group(self._requests, request, inputs, timings or Timings())
+            autocast = Autocast.of_thread(self.model)
+            inputs = PromptInputs(self.model, request.prompt, cache, autocast.tag)
+            group = Group(self._requests, request, inputs, timings or Timings(), autocast)
             try:
                 self._runner.begin(group, budget)
             except NeverFits as error:
@@ -162,7 +164,7 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            with torch.inference_mode():
+            with step_state():
                 self._runner.step()
         finally:
             events, self._runner.events = self._runner.events, []
@@ -197,22 +199,22 @@ class Engine:
         chunks."""
         with self._turns.turn():
             self._check_weights()
-            kept = self._store.features
-            found = [kept.get(item.digest) for item in media]
+            kept, tag = self._store.features, Autocast.of_thread(self.model).tag
+            found = [kept.get(tag + item.digest) for item in media]
         missing = [item for item, known in zip(media, found, strict=True) if known is None]
         made: list[Encoded] = []
         for some in [[item] for item in missing] if self.options.exact else [missing]:
             made += self._encoded(some)
         with self._turns.turn():
             for item, encoded in zip(missing, made, strict=True):
-                kept.put(item.digest, encoded)
+                kept.put(tag + item.digest, encoded)
         ahead = iter(made)
         return [next(ahead) if known is None else known for known in found]
 
     def _encoded(self, media: Sequence[Media]) -> list[Encoded]:
         chunks = self.model.encoding(media)
         while True:
-            with self._turns.turn(), torch.inference_mode():
+            with self._turns.turn(), step_state():
                 try:
                     next(chunks)
                 except StopIteration as end:
@@ -221,14 +223,14 @@ class Engine:
 
     def stored(self, prompt: Prompt) -> list[tuple[Cache, Cache]]:
         """Copies of the keys and values (K, S, E) that are kept of a prompt's beginning, of every
-        layer; none where nothing is."""
-        with self._turns.turn(), torch.inference_mode():
+        layer; none where nothing is. Not those that were computed under autocast."""
+        with self._turns.turn(), step_state():
             return self._store.read(self._keys(prompt))
 
     def store(self, prompt: Prompt, layers: Sequence[tuple[Cache, Cache]]) -> bool:
         """Keep what `stored` gave, to be found by prompts with this beginning. False where there is
         no room for it now. Raises InvalidArgument where it was stored as another dtype."""
-        with self._turns.turn(), torch.inference_mode():
+        with self._turns.turn(), step_state():
             self._check_weights()
             self._runner.copy()  # it may wait to be made from a block that is free now
             return self._store.write(self._keys(prompt), layers)

@@ -18,12 +18,15 @@ from vidlm.nn.upload import upload
 class PromptInputs:
     """What a prompt's tokens are embedded as, chunk by chunk.
 
-    With a cache, features come from there where they can, and go there when they are made.
-    Raises InvalidArgument where placeholders and media do not fit each other.
+    With a cache, features come from there where they can, and go there when they are made, under
+    keys that begin with `tag`: what besides the media they depend on. Raises InvalidArgument where
+    placeholders and media do not fit each other.
     """
 
-    def __init__(self, model: VideoModel, prompt: Prompt, cache: FeatureCache | None) -> None:
-        self._model, self._prompt, self._cache = model, prompt, cache
+    def __init__(
+        self, model: VideoModel, prompt: Prompt, cache: FeatureCache | None, tag: bytes = b""
+    ) -> None:
+        self._model, self._prompt, self._cache, self._tag = model, prompt, cache, tag
         self._ids = torch.tensor(prompt.ids)
         self._places = _places(model, self._ids, prompt.media)
         self._features: list[Encoded | None] = [None for _ in prompt.media]
@@ -38,13 +41,20 @@ class PromptInputs:
             if self._features[i] is None and item.encoded is not None:
                 self._features[i] = self._checked(i, item.encoded)
             elif self._features[i] is None and self._cache is not None:
-                self._features[i] = self._cache.get(item.digest)
+                self._features[i] = self._cache.get(self._tag + item.digest)
         return self.encoded
 
     @property
     def digests(self) -> list[bytes]:
         """Of all media, in order."""
         return [item.digest for item in self._prompt.media]
+
+    @property
+    def root(self) -> bytes:
+        """What features, and all keys and values, depend on besides the prompt: the tag, and the
+        first file that media were read from. It may bring keys and values of the text in front of
+        its media, too, which no other prompt may find."""
+        return self._tag + next((item.origin for item in self._prompt.media if item.origin), b"")
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -147,7 +157,7 @@ class PromptInputs:
         for i in alike:
             self._features[i] = self._checked(i, encoded)
         if self._cache is not None:
-            self._cache.put(self._prompt.media[alike[0]].digest, encoded)
+            self._cache.put(self._tag + self._prompt.media[alike[0]].digest, encoded)
 
     def _checked(self, i: int, encoded: Encoded) -> Encoded:
         wanted, given = len(self._places[i]), len(encoded.tokens)

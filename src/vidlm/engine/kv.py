@@ -44,7 +44,8 @@ class PagedKV:
 
     Heads come before slots, so that tokens whose blocks follow each other are read in one run. On a
     CPU the buffers are address space alone until tokens are written; they are made when the first
-    token arrives, whose shape and dtype they take. Where `coded`, they hold eight bits a number,
+    token arrives, whose shape and dtype they take; under autocast the dtype also holds `dtype`,
+    that of steps without. Where `coded`, they hold eight bits a number,
     whatever the dtype. Which block is whose, `blocks.BlockPool` knows. `empty` finds memory as
     torch.empty does.
     """
@@ -56,9 +57,10 @@ class PagedKV:
         device: torch.device = CPU,
         coded: bool = False,
         empty: Callable[..., Tensor] = torch.empty,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.blocks, self.block, self.device, self.coded = blocks, block, device, coded
-        self._memory = empty
+        self._memory, self._dtype = empty, dtype
         self._layers: list[tuple[Cache, Cache]] = []
 
     @property
@@ -77,7 +79,10 @@ class PagedKV:
         shape = (K, self.blocks * self.block, E)
         if self.coded:
             return Coded.empty(shape, x.device, self._memory)
-        return self._memory(shape, dtype=x.dtype, device=x.device)
+        dtype = x.dtype
+        if self._dtype is not None and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.promote_types(dtype, self._dtype)  # steps without it come, too
+        return self._memory(shape, dtype=dtype, device=x.device)
 
     def pages(
         self, tables: Sequence[Sequence[int]], stops: Sequence[int], lengths: Sequence[int]

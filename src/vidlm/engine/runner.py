@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidlm.engine import beam, forward
+from vidlm.engine.ambient import Autocast
 from vidlm.engine.answers import Answer, Beams, Group, begin
 from vidlm.engine.blocks import OutOfBlocks
 from vidlm.engine.graphs import graphs_for
@@ -145,13 +146,24 @@ class Runner:
             sequence.encoded = inputs.recall() or self._store.covers(inputs, sequence.keys)
         if plan.encode is not None:
             self._encode(self._answers[plan.encode.id].group)
-        if plan.prefill:
-            self._prefill(plan.prefill)
-        if plan.decode:
-            self._decode([work for work in plan.decode if work.sequence.id in self._answers])
+        for autocast, works in self._alike(plan.prefill).items():
+            with autocast.entered():
+                self._prefill(works)
+        for autocast, works in self._alike(plan.decode).items():
+            with autocast.entered():
+                self._decode([work for work in works if work.sequence.id in self._answers])
+
+    def _alike(self, works: Sequence[Work]) -> dict[Autocast, list[Work]]:
+        """Those that are computed together, as their requests were submitted under the same."""
+        parted: dict[Autocast, list[Work]] = {}
+        for work in works:
+            answer = self._answers.get(work.sequence.id)
+            if answer is not None:
+                parted.setdefault(answer.group.autocast, []).append(work)
+        return parted
 
     def _encode(self, group: Group) -> None:
-        with self._ending([group]), _timed([group], "encode"):
+        with self._ending([group]), _timed([group], "encode"), group.autocast.entered():
             if group.encoding is None:
                 group.encoding = group.inputs.encoding(one_by_one=self._exact)
             if next(group.encoding, self) is self:

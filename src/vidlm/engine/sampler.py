@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from vidlm.types import SamplingParams
 
+# Scores beyond it mean the same, and even divided by the least temperature they stay finite.
+FAR = 1e30
+
 
 def process(
     logits: Tensor, params: SamplingParams, history: Sequence[int] | Tensor, generated: int
@@ -32,7 +35,7 @@ def process(
     if params.temperature == 0:
         return logits
     if params.temperature != 1:
-        logits = logits / params.temperature
+        logits = logits / min(params.temperature, FAR)
     if params.top_k:
         logits = _top_k(logits, params.top_k)
     if params.top_p < 1:
@@ -121,7 +124,7 @@ def _penalise(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -
     # A prompt may hold ids that the head has no row for: all of them land in one that is cut off.
     ids, padded = ids.clamp(max=V), functional.pad(logits, (0, 1))  # (V + 1,)
     scores = padded[ids]
-    scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-FAR, FAR)
     return padded.scatter(0, ids, scores)[:V]
 
 

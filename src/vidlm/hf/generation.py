@@ -6,11 +6,12 @@ import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from types import MappingProxyType
 from typing import Any
 
 from vidlm.errors import InvalidArgument, unknown_keyword
-from vidlm.types import SamplingParams
+from vidlm.types import GREEDY_BELOW, SamplingParams
 
 log = logging.getLogger(__name__)
 # Keywords with a meaning; all may be left out.
@@ -256,7 +257,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _samples(given: Mapping[str, Any], base: Mapping[str, Any], implied: bool) -> bool:
-    if given.get("do_sample") is None and given.get("temperature") == 0:
+    if given.get("do_sample") is None and _no_temperature(given.get("temperature")):
         return False
     asked = [name for name in SAMPLING if name in given]
     sample = bool(given.get("do_sample", base.get("do_sample")))
@@ -270,6 +271,11 @@ def _samples(given: Mapping[str, Any], base: Mapping[str, Any], implied: bool) -
             ", ".join(f"{name}={given[name]!r}" for name in chosen),
         )
     return sample
+
+
+def _no_temperature(value: Any) -> bool:
+    """Whether a temperature means greedy."""
+    return isinstance(value, int | float) and 0 <= value < GREEDY_BELOW
 
 
 def _choices(merged: Mapping[str, Any], sample: bool) -> int:
@@ -292,9 +298,10 @@ def _choices(merged: Mapping[str, Any], sample: bool) -> int:
 
 def _filters(merged: Mapping[str, Any]) -> dict[str, Any]:
     temperature = _or(merged["temperature"], 1.0)
-    if temperature <= 0:
+    if not 0 < temperature < inf:
         raise InvalidArgument(
-            f"temperature={temperature} with do_sample=True; allowed: above 0, or do_sample=False"
+            f"temperature={temperature} with do_sample=True; allowed: a finite number above 0, "
+            "or do_sample=False"
         )
     return {
         "temperature": float(temperature),

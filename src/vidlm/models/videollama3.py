@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel
@@ -41,6 +42,7 @@ PROCESSOR_FILE = "processor_config.json"
 IMAGES_FILE = "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
+LATEST = 1e9  # seconds: no frame of a video comes later
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 QWEN_VIDEO_ID = 151656  # of VIDEO_TOKEN; the native layout has one token for images and frames
 NATIVE_IMAGE_ID = 151665  # of that one, "<image>"
@@ -167,6 +169,25 @@ class Patches(Media):
     merge: int = 1
     kept: Tensor | None = None
     times: tuple[float, ...] = field(default=())
+
+    def flaw(self) -> str | None:
+        frames, high, across = self.grid
+        if not (self.merge and frames * high * across):
+            return f"a grid of {self.grid} in blocks of {self.merge}"
+        if high % self.merge or across % self.merge or frames != self.frames:
+            return f"a grid of {self.grid} in blocks of {self.merge} for {self.frames} frames"
+        count = frames * high * across // self.merge**2
+        if self.kept is not None:
+            if self.kept.dtype != torch.bool or self.kept.shape != (count,):
+                return f"kept is {self.kept.dtype} {tuple(self.kept.shape)}, of {count} tokens"
+            count = int(self.kept.sum())
+        if count != self.tokens:
+            return f"{count} patches are kept, and there are {self.tokens} tokens"
+        if self.kind == "video" and (self.kept is None or len(self.times) != frames):
+            return f"a video of {frames} frames with {len(self.times)} times"
+        if any(not 0 <= time < LATEST for time in self.times):
+            return f"times beyond 0 to {LATEST} seconds"
+        return None
 
 
 class VideoLlama3Processor:

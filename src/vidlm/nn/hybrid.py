@@ -74,7 +74,8 @@ class HybridAttention(Attention):
                 self.layer, lambda m: self._keys(norm(m.to(q.device)))
             )
             found = self.cross(q[rows], keys, values)  # (n, D)
-            x = x.index_add(0, rows, self._open(own[rows]) * found)
+            opened = self._open(own[rows]) * found
+            x = x.index_add(0, rows, opened.to(x.dtype))  # differs under autocast alone
         return x
 
     def _keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
