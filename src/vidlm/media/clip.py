@@ -84,6 +84,12 @@ class Timeline:
         marks = shots if policy.sampling == "scenes" else self.keys
         return choose(self.pts, policy, stop=self.stop, marks=marks)
 
+    def span(self, policy: FramePolicy) -> float:
+        """Seconds of the clip among which a policy chooses."""
+        start, end = policy.window
+        stop = self.stop if end is None else min(self.stop, end)
+        return max(stop - (start or 0.0), 0.0)
+
     @property
     def fps(self) -> float:
         span = self.stop - float(self.pts[0])

@@ -62,6 +62,10 @@ class Reader:
         assert isinstance(self.stream.container, InputContainer)
         return self.stream.container
 
+    def check_time(self) -> None:
+        """Raises MediaLimitError after the deadline."""
+        self._deadline.check()
+
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Packets up to the end, or to where the file breaks off; the last flushes the decoder."""
         if not self._begun:

@@ -22,6 +22,7 @@ from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
 from vidlm.media.container import Reader, hint, opened
 from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
+from vidlm.media.mp4_bounds import check_tables
 from vidlm.media.picture import Painter, resized, thumbnail
 from vidlm.media.sample import Rows, Times, between
 from vidlm.media.scene import Shots
@@ -36,6 +37,7 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     Raises MediaError where there is no video to read, MediaLimitError before memory is taken.
     """
     source = File(file, name, options, Deadline(name, options.limits.seconds))
+    check_tables(file, name, options.limits, source.deadline)
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
@@ -54,6 +56,8 @@ def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:
     if reader is not None and index.stamps is None:
         return None
     policy, timeline = source.options.policy, index.timeline
+    shown = timeline.span(policy)
+    source.options.limits.check_length(source.name, len(timeline.pts), shown)
     try:
         shots = None
         if policy.sampling == "scenes":

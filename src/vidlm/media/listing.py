@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -24,8 +24,15 @@ from vidlm.errors import MediaError
 from vidlm.media.clip import Timeline, clock
 from vidlm.media.container import Reader, hint
 from vidlm.media.mp4 import sample_table
-
-Stamps = NDArray[np.int64]
+from vidlm.media.timestamps import (
+    STILL_SECONDS,
+    Mended,
+    Stamps,
+    Ticks,
+    is_plausible,
+    is_sound,
+    mend,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +40,8 @@ class Index:
     """The frames a player shows.
 
     stamps: theirs, ascending; None where frames go by count. pixel_aspect: width over height.
-    losses: signs of damage. notes: what had to be assumed.
+    losses: signs of damage. notes: what had to be assumed. is_mended: whether the times are not
+    quite the stamps, two of which may be equal.
     """
 
     timeline: Timeline
@@ -41,6 +49,7 @@ class Index:
     pixel_aspect: Fraction | None
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_mended: bool = False
 
     def row(self, stamp: int | None, guess: int) -> int | None:
         """The row with this stamp, where there are stamps; quickly if it is the one guessed."""
@@ -65,8 +74,7 @@ def list_table(reader: Reader, file: BinaryIO) -> Index | None:
     file.seek(at)
     if table is None or not len(entries):
         return None
-    rows = [(e.timestamp, e.flags, e.pos, e.size) for e in entries]
-    decoding, flags, places, sizes = np.asarray(rows, np.int64).T
+    decoding, flags, places, sizes = _index_entries(reader).T
     whole = bool((sizes > 0).all() and (places + sizes).max() <= end)
     plain = bool((flags & ~_KEY == 0).all() and flags[0] & _KEY)
     if not whole or not plain or not _steps_agree(decoding, table.durations):
@@ -74,13 +82,24 @@ def list_table(reader: Reader, file: BinaryIO) -> Index | None:
     stamps = decoding + table.offsets
     order = np.argsort(stamps, kind="stable")
     ticks = stamps[order]
-    if (np.diff(ticks) == 0).any():
+    if order[0] != 0 or not is_sound(ticks, _time_base(reader.stream), sound_length(reader)):
         return None
     timeline = _timeline(reader.stream, ticks, int(table.durations[order[-1]]), flags[order] & _KEY)
-    reader.limits.check_length(reader.name, len(ticks), timeline.stop)
     return Index(timeline, ticks, reader.stream.sample_aspect_ratio)
 
 
+def _index_entries(reader: Reader) -> NDArray[np.int64]:
+    """(N, 4): time stamp, flags, position and size of each sample, without an object for each."""
+    entries = reader.stream.index_entries
+    rows = np.empty((len(entries), 4), np.int64)
+    for start in range(0, len(rows), _ENTRIES):
+        reader.check_time()
+        part = entries[start : start + _ENTRIES]
+        rows[start : start + _ENTRIES] = [(e.timestamp, e.flags, e.pos, e.size) for e in part]
+    return rows
+
+
+_ENTRIES = 1 << 14  # that are converted at a time
 _KEY = 1  # AVINDEX_KEYFRAME; the other flag marks what an edit list cuts
 
 
@@ -97,33 +116,94 @@ def list_quickly(reader: Reader, file: BinaryIO) -> Index | None:
 
 def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
     """The index from packets alone; None where their stamps do not tell frames apart."""
-    stamps, lengths, keys = array("q"), array("q"), array("b")
-    early, started, unstamped = 0, False, False
-    most = reader.limits.frames
-    for packet in reader.packets():
-        key = packet.is_keyframe
-        started = started or key
-        if not _is_shown(packet, reader.stream):
-            continue
-        early += not started
-        unstamped = unstamped or packet.pts is None
-        stamps.append(packet.pts or 0)
-        lengths.append(packet.duration or 0)
-        keys.append(key)
-        if len(stamps) > most:
-            reader.limits.check_length(reader.name, len(stamps), 0.0)
-    if not stamps:
+    table = _Packets(reader)
+    if not len(table.stamps):
         raise MediaError(f"{reader.name}: its video stream holds no frames; is the file complete?")
-    if early < len(stamps):  # nothing is shown before the first key frame, if there is one
-        del stamps[:early], lengths[:early], keys[:early]
-    order = np.argsort(np.asarray(stamps), kind="stable")
-    ticks: Stamps = np.asarray(stamps)[order]
-    if unstamped or (np.diff(ticks) == 0).any():
+    if table.unstamped:
         return None
-    timeline = _timeline(reader.stream, ticks, lengths[order[-1]], np.asarray(keys)[order])
-    reader.limits.check_length(reader.name, len(ticks), timeline.stop)
-    losses = tuple(_cut_off(reader.stream, timeline, reader.faults))
-    return Index(timeline, ticks, reader.stream.sample_aspect_ratio, losses)
+    stream, base = reader.stream, _time_base(reader.stream)
+    order = np.argsort(table.stamps, kind="stable")
+    ticks, last = table.stamps[order], int(table.lengths[order[-1]])
+    sound = sound_length(reader)
+    if not is_plausible(order, ticks, base, sound):
+        return None
+    mended = None
+    if not is_sound(ticks, base, sound):
+        mended = mend(ticks, np.ones(len(ticks), bool), last, base, sound)
+        if mended is None:
+            return None
+    timeline = _timeline(stream, ticks, last, table.keys[order], mended)
+    notes = (*table.notes, *(mended.notes if mended is not None else ()))
+    losses = tuple(_cut_off(stream, _timeline(stream, ticks, last, table.keys), reader.faults))
+    aspect = stream.sample_aspect_ratio
+    return Index(timeline, ticks, aspect, losses, notes, is_mended=mended is not None)
+
+
+class _Packets:
+    """The stamps, lengths and key flags of the packets that are shown, in decoding order."""
+
+    def __init__(self, reader: Reader) -> None:
+        stamps, lengths, keys, known = array("q"), array("q"), array("b"), array("b")
+        head: list[Packet[VideoStream]] = []
+        early, started = 0, False
+        for packet in reader.packets():
+            key = packet.is_keyframe
+            started = started or key
+            if started and len(head) < _HEAD:
+                head.append(packet)
+            if not _is_shown(packet, reader.stream):
+                continue
+            early += not started
+            known.append(packet.pts is not None)
+            stamps.append(packet.pts or 0)
+            lengths.append(packet.duration or 0)
+            keys.append(key)
+            if len(stamps) > reader.limits.frames:
+                reader.limits.check_length(reader.name, len(stamps), 0.0)
+        if early == len(stamps):  # nothing is shown before the first key frame, if there is one
+            early = 0
+        columns = [np.asarray(column)[early:] for column in (stamps, lengths, keys, known)]
+        self.stamps, self.lengths, self.keys, stamped = columns
+        self.notes: tuple[str, ...] = ()
+        lost = self._lost(reader, head, stamped.astype(bool))
+        if lost.any():
+            shown = len(lost) - int(lost.sum())
+            self.notes = (_say_counts(len(lost), shown, ()),)
+            self.stamps, self.lengths, self.keys = (c[~lost] for c in columns[:3])
+            stamped = stamped[~lost]
+        self.unstamped = not stamped.all()
+
+    def _lost(
+        self, reader: Reader, head: list[Packet[VideoStream]], stamped: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Which packets lead the first key frame and are lost with what they refer to.
+
+        Where a file begins in an open group of pictures, those that are shown before its key frame
+        refer to pictures before the file. Some decoders drop them, some show them: this one is
+        asked.
+        """
+        first = self.stamps[0] if len(stamped) else 0
+        leads = ~stamped | (self.stamps < first)
+        leads[_HEAD // 2 :] = False
+        if not leads.any() or not stamped[0]:
+            return np.zeros(len(leads), bool)
+        shown: set[int | None] = set()
+        for packet in head:
+            shown.update(frame.pts for frame in reader.pictures(packet))
+        reader.faults.clear()
+        if not any(stamp is not None and stamp > first for stamp in shown):
+            return np.zeros(len(leads), bool)
+        return leads & ~np.isin(self.stamps, [stamp for stamp in shown if stamp is not None])
+
+
+_HEAD = 64  # packets that are decoded to learn which of the first ones are lost
+
+
+def _say_counts(listed: int, shown: int, faults: Sequence[str]) -> str:
+    return (
+        f"the file lists {listed} pictures and the decoder shows {shown}; frames are numbered by "
+        f"what is shown{hint(faults)}"
+    )
 
 
 def _cut_off(stream: VideoStream, timeline: Timeline, faults: list[str]) -> Iterator[str]:
@@ -137,20 +217,21 @@ def _cut_off(stream: VideoStream, timeline: Timeline, faults: list[str]) -> Iter
         announced = float(stream.duration * _time_base(stream))
     elif stream.container.duration and len(stream.container.streams) == 1:  # no longer sound
         announced = stream.container.duration / 1_000_000
+    if announced > timeline.start_time > 0:  # some containers count from 0, wherever they begin
+        announced -= timeline.start_time
     if announced > 1.1 * timeline.stop + 0.5:
         yield f"the header announces {clock(announced)}, the frames end at {end}: perhaps cut off"
 
 
 def list_frames(reader: Reader, file: BinaryIO) -> Index:
     """The index from decoding everything and keeping nothing: what is shown, in that order."""
-    stamps, lengths, keys = array("q"), array("q"), array("b")
-    unstamped = False
+    stamps, lengths, keys, known = array("q"), array("q"), array("b"), array("b")
     stream, faults = reader.stream, reader.faults
     for packet in reader.packets():
         if _is_shown(packet, stream):
             lengths.append(packet.duration or 0)
         for frame in reader.pictures(packet):
-            unstamped = unstamped or frame.pts is None
+            known.append(frame.pts is not None)
             stamps.append(frame.pts or 0)
             keys.append(frame.key_frame)
         if len(stamps) > reader.limits.frames:
@@ -163,36 +244,58 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
     notes: list[str] = []
     if len(lengths) != len(stamps):
         said = losses if faults else notes
-        said.append(
-            f"the file lists {len(lengths)} pictures and the decoder shows {len(stamps)}; frames "
-            f"are numbered by what is shown{hint(faults)}"
-        )
-    ticks: Stamps = np.sort(np.asarray(stamps))
-    if unstamped or (np.diff(ticks) == 0).any():
-        step = int(np.median(lengths)) or _guessed_step(stream)
-        ticks = np.arange(len(stamps), dtype=np.int64) * step
-        rate = float(1 / (step * _time_base(stream)))
-        notes.append(f"frames carry no times of their own; {rate:g} a second is assumed")
-    timeline = _timeline(stream, ticks, 0, np.asarray(keys))
-    reader.limits.check_length(reader.name, len(ticks), timeline.stop)
-    losses += _cut_off(stream, timeline, [])
+        said.append(_say_counts(len(lengths), len(stamps), faults))
+    ticks: Stamps = np.asarray(stamps)
+    base, sound, mended = _time_base(stream), sound_length(reader), None
+    last, stamped = int(lengths[-1]) if lengths else 0, np.asarray(known, bool)
+    if not stamped.all() or not is_sound(ticks, base, sound):
+        mended = mend(ticks, stamped, last, base, sound)
+        if mended is not None:
+            notes += mended.notes
+            ticks = np.sort(ticks[stamped])
+        else:
+            step = int(np.median(lengths)) or _guessed_step(stream)
+            ticks = np.arange(len(stamps), dtype=np.int64) * step
+            rate = float(1 / (step * base))
+            notes.append(f"frames carry no times of their own; {rate:g} a second is assumed")
+    timeline = _timeline(stream, ticks, 0, np.asarray(keys), mended)
+    losses += _cut_off(stream, _timeline(stream, ticks, 0, np.asarray(keys)), [])
     return Index(timeline, None, stream.sample_aspect_ratio, tuple(losses), tuple(notes))
 
 
-def _timeline(stream: VideoStream, ticks: Stamps, last_length: int, keys: NDArray[Any]) -> Timeline:
+def sound_length(reader: Reader) -> float:
+    """Seconds of sound, in containers that add up its samples; others go by time stamps."""
+    if not {"mp4", "avi"} & set(reader.container.format.name.split(",")):
+        return 0.0
+    streams = [s for s in reader.container.streams.audio if s.duration and s.time_base]
+    return max((float(s.duration * s.time_base) for s in streams), default=0.0)
+
+
+def _timeline(
+    stream: VideoStream,
+    ticks: Stamps,
+    last_length: float,
+    keys: NDArray[Any],
+    mended: Mended | None = None,
+) -> Timeline:
     """Stamps as seconds on the player's clock, which begins with the container; and the key
     frames, where `keys` is not 0."""
     base = _time_base(stream)
-    first = int(ticks[0]) * base
+    times: Stamps | Ticks = ticks
+    if mended is not None:
+        times, last_length = mended.ticks, mended.stop - float(mended.ticks[-1])
+    first = int(times[0]) * base
     assert isinstance(stream.container, InputContainer)
     began = stream.container.start_time  # microseconds, rounded
     origin = first if began is None else min(Fraction(began, 1_000_000), first)
+    if mended is not None and mended.is_moved and first - origin > STILL_SECONDS:
+        origin = first  # the container begins with a stamp that is hours off
     nearest = round(origin / base)
     if abs(nearest * base - origin) <= Fraction(1, 1_000_000):
         origin = nearest * base
-        pts = (ticks - nearest) * base.numerator / base.denominator  # rounded once
+        pts = (times - nearest) * base.numerator / base.denominator  # rounded once
     else:
-        pts = ticks * base.numerator / base.denominator - float(origin)
+        pts = times * base.numerator / base.denominator - float(origin)
     if last_length <= 0:
         last_length = int(np.median(np.diff(ticks))) if len(ticks) > 1 else _guessed_step(stream)
     stop = float(pts[-1]) + float(last_length * base)
