@@ -6,12 +6,13 @@ import codecs
 import os
 from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import BinaryIO, cast
 
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -120,6 +121,22 @@ class Reader:
         rest = self._packets
         self._packets = (packet for each in ([first], rest) for packet in each)
         return True
+
+    def others(self, streams: Sequence[Stream], moment: float) -> Iterator[Packet[Stream]]:
+        """The packets of any streams from about `moment` on, in seconds of the container's time.
+
+        Afterwards the reader stands at the end; `seek` leads back.
+        """
+        base = streams[0].time_base or Fraction(1, 1000)
+        self._begun, self._packets = True, iter(())
+        try:
+            self.container.seek(int(moment / base), stream=streams[0])
+            for packet in self.container.demux(*streams):
+                self._deadline.check()
+                if packet.size:
+                    yield packet
+        except (*_READ_ERRORS, IndexError):  # see `packets`
+            return
 
     def _demux(self) -> None:
         self._packets, self._begun = iter(self.container.demux(self.stream)), True

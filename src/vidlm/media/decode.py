@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import BinaryIO
 
 import av
@@ -23,7 +24,9 @@ from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
 from vidlm.media.container import Reader, hint, opened
 from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
 from vidlm.media.mp4_bounds import check_tables
+from vidlm.media.other_streams import sound_end
 from vidlm.media.picture import Painter, resized, thumbnail
+from vidlm.media.policy import FramePolicy
 from vidlm.media.sample import Rows, Times, between
 from vidlm.media.scene import Shots
 from vidlm.media.walk import Astray, File, walk
@@ -41,6 +44,9 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
+            if index is not None and _asks_of_time(options.policy):
+                end = sound_end(reader, index.timeline)
+                index = replace(index, timeline=replace(index.timeline, end=end))
             video = _chosen(source, index, reader) if index is not None else None
         if video is None and index is not None:  # the same from the beginning, without seeking
             video = _chosen(source, index, None)
@@ -49,6 +55,11 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
                 log.warning("%s: %s", name, warning)
             return video
     raise AssertionError("a frame that is counted cannot go astray")
+
+
+def _asks_of_time(policy: FramePolicy) -> bool:
+    """Whether a choice depends on how long the last picture stays."""
+    return policy.times is not None or policy.start is not None or policy.fps is not None
 
 
 def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:
@@ -70,7 +81,7 @@ def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:
 def _shots(source: File, index: Index, reader: Reader | None) -> Rows:
     """The rows where a shot begins, of those that the policy's window has."""
     timeline = index.timeline
-    first, last = between(timeline.pts, *source.options.policy.window, stop=timeline.stop)
+    first, last = between(timeline.pts, *source.options.policy.window, stop=timeline.until)
     shots = Shots(timeline.fps)
     walk(
         *(source, index, np.arange(first, last), reader),

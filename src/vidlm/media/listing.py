@@ -24,6 +24,7 @@ from vidlm.errors import MediaError
 from vidlm.media.clip import Timeline, clock
 from vidlm.media.container import Reader, hint
 from vidlm.media.mp4 import sample_table
+from vidlm.media.other_streams import later_pictures, sound_length
 from vidlm.media.timestamps import (
     STILL_SECONDS,
     Mended,
@@ -134,7 +135,8 @@ def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
             return None
     timeline = _timeline(stream, ticks, last, table.keys[order], mended)
     notes = (*table.notes, *(mended.notes if mended is not None else ()))
-    losses = tuple(_cut_off(stream, _timeline(stream, ticks, last, table.keys), reader.faults))
+    stamped = _timeline(stream, ticks, last, table.keys)  # the header knows of no other times
+    losses = (*_cut_off(stream, stamped, reader.faults), *later_pictures(reader))
     aspect = stream.sample_aspect_ratio
     return Index(timeline, ticks, aspect, losses, notes, is_mended=mended is not None)
 
@@ -187,13 +189,13 @@ class _Packets:
         leads[_HEAD // 2 :] = False
         if not leads.any() or not stamped[0]:
             return np.zeros(len(leads), bool)
-        shown: set[int | None] = set()
-        for packet in head:
-            shown.update(frame.pts for frame in reader.pictures(packet))
-        reader.faults.clear()
-        if not any(stamp is not None and stamp > first for stamp in shown):
+        faults = list(reader.faults)
+        frames = [frame for packet in head for frame in reader.pictures(packet)]
+        reader.faults[:] = faults  # a walk meets its own
+        shown = [frame.pts for frame in frames if frame.pts is not None]
+        if len(shown) < len(frames) or max(shown, default=first) <= first:
             return np.zeros(len(leads), bool)
-        return leads & ~np.isin(self.stamps, [stamp for stamp in shown if stamp is not None])
+        return leads & ~(stamped & np.isin(self.stamps, shown))
 
 
 _HEAD = 64  # packets that are decoded to learn which of the first ones are lost
@@ -260,15 +262,8 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
             notes.append(f"frames carry no times of their own; {rate:g} a second is assumed")
     timeline = _timeline(stream, ticks, 0, np.asarray(keys), mended)
     losses += _cut_off(stream, _timeline(stream, ticks, 0, np.asarray(keys)), [])
+    losses += later_pictures(reader)
     return Index(timeline, None, stream.sample_aspect_ratio, tuple(losses), tuple(notes))
-
-
-def sound_length(reader: Reader) -> float:
-    """Seconds of sound, in containers that add up its samples; others go by time stamps."""
-    if not {"mp4", "avi"} & set(reader.container.format.name.split(",")):
-        return 0.0
-    streams = [s for s in reader.container.streams.audio if s.duration and s.time_base]
-    return max((float(s.duration * s.time_base) for s in streams), default=0.0)
 
 
 def _timeline(

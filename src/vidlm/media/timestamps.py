@@ -197,9 +197,7 @@ def _say_sorted(steps: Stamps) -> list[str]:
     return _say(np.append(False, back), "are stamped earlier than the one before and are sorted")
 
 
-def _say_moved(
-    stamps: Stamps, ticks: Ticks, known: NDArray[np.bool_], base: Fraction
-) -> list[str]:
+def _say_moved(stamps: Stamps, ticks: Ticks, known: NDArray[np.bool_], base: Fraction) -> list[str]:
     shifts = np.where(known, ticks - stamps, 0.0)
     apart = known & (np.isnan(shifts) | (np.abs(shifts) > _BACK_SECONDS / base))
     if not apart.any():
