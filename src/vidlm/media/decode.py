@@ -22,6 +22,7 @@ from av.video.frame import VideoFrame
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
 from vidlm.media.container import Reader, hint, opened
+from vidlm.media.flv_bounds import check_key_frames
 from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
 from vidlm.media.mp4_bounds import check_tables
 from vidlm.media.other_streams import sound_end
@@ -41,6 +42,7 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     """
     source = File(file, name, options, Deadline(name, options.limits.seconds))
     check_tables(file, name, options.limits, source.deadline)
+    check_key_frames(file, name, source.deadline)
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)

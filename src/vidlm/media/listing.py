@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from av.container import InputContainer
@@ -147,12 +147,14 @@ class _Packets:
     def __init__(self, reader: Reader) -> None:
         stamps, lengths, keys, known = array("q"), array("q"), array("b"), array("b")
         head: list[Packet[VideoStream]] = []
-        early, started = 0, False
+        early, started, room = 0, False, _HEAD_BYTES
+        most = _most_frames(reader)
         for packet in reader.packets():
             key = packet.is_keyframe
             started = started or key
-            if started and len(head) < _HEAD:
+            if started and len(head) < _HEAD and packet.size <= room:
                 head.append(packet)
+                room -= packet.size
             if not _is_shown(packet, reader.stream):
                 continue
             early += not started
@@ -160,8 +162,8 @@ class _Packets:
             stamps.append(packet.pts or 0)
             lengths.append(packet.duration or 0)
             keys.append(key)
-            if len(stamps) > reader.limits.frames:
-                reader.limits.check_length(reader.name, len(stamps), 0.0)
+            if len(stamps) > most:
+                _refuse(reader, len(stamps))
         if early == len(stamps):  # nothing is shown before the first key frame, if there is one
             early = 0
         columns = [np.asarray(column)[early:] for column in (stamps, lengths, keys, known)]
@@ -198,7 +200,25 @@ class _Packets:
         return leads & ~(stamped & np.isin(self.stamps, shown))
 
 
-_HEAD = 64  # packets that are decoded to learn which of the first ones are lost
+# What is decoded to learn which of the first packets are lost.
+_HEAD, _HEAD_BYTES = 64, 16 << 20
+
+
+def _most_frames(reader: Reader) -> int:
+    """How many frames are listed before `_refuse` is called: one for each byte, and more only of a
+    short list."""
+    return min(reader.limits.frames, max(reader.container.size, _FREE_FRAMES))
+
+
+def _refuse(reader: Reader, frames: int) -> NoReturn:
+    reader.limits.check_length(reader.name, frames, 0.0)
+    raise MediaError(
+        f"{reader.name}: lists more than {frames - 1} frames in {reader.container.size} bytes; "
+        "the file is damaged: make another one of it: ffmpeg -i INPUT output.mp4"
+    )
+
+
+_FREE_FRAMES = 100_000  # whose times take less than two megabytes
 
 
 def _say_counts(listed: int, shown: int, faults: Sequence[str]) -> str:
@@ -228,7 +248,7 @@ def _cut_off(stream: VideoStream, timeline: Timeline, faults: list[str]) -> Iter
 def list_frames(reader: Reader, file: BinaryIO) -> Index:
     """The index from decoding everything and keeping nothing: what is shown, in that order."""
     stamps, lengths, keys, known = array("q"), array("q"), array("b"), array("b")
-    stream, faults = reader.stream, reader.faults
+    stream, faults, most = reader.stream, reader.faults, _most_frames(reader)
     for packet in reader.packets():
         if _is_shown(packet, stream):
             lengths.append(packet.duration or 0)
@@ -236,8 +256,8 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
             known.append(frame.pts is not None)
             stamps.append(frame.pts or 0)
             keys.append(frame.key_frame)
-        if len(stamps) > reader.limits.frames:
-            reader.limits.check_length(reader.name, len(stamps), 0.0)
+        if len(stamps) > most:
+            _refuse(reader, len(stamps))
     if not stamps:
         raise MediaError(
             f"{reader.name}: none of its {len(lengths)} frames could be decoded{hint(faults)}"
