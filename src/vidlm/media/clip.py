@@ -71,18 +71,31 @@ class Video:
 class Timeline:
     """When each frame a player shows appears: pts (N,) seconds, and when the last one goes.
 
-    keys: the rows of key frames, where there are any to know.
+    keys: the rows of key frames, where there are any to know. end: when the clip ends, where its
+    sound goes on after `stop`: until then the last frame stays on screen.
     """
 
     pts: Times
     stop: float
     start_time: float = 0.0
     keys: Rows | None = None
+    end: float | None = None
+
+    @property
+    def until(self) -> float:
+        """When the last frame leaves the screen."""
+        return self.stop if self.end is None else max(self.stop, self.end)
 
     def choose(self, policy: FramePolicy, shots: Rows | None = None) -> Rows:
         """The rows that a policy takes; `shots` are those where one begins, if it goes by them."""
         marks = shots if policy.sampling == "scenes" else self.keys
-        return choose(self.pts, policy, stop=self.stop, marks=marks)
+        return choose(self.pts, policy, stop=self.stop, marks=marks, until=self.until)
+
+    def span(self, policy: FramePolicy) -> float:
+        """Seconds of the clip among which a policy chooses."""
+        start, end = policy.window
+        stop = self.until if end is None else min(self.until, end)
+        return max(stop - (start or 0.0), 0.0)
 
     @property
     def fps(self) -> float:
