@@ -27,8 +27,8 @@ class Video:
         in the container's time. A first frame may come later than 0. Ascending, unless the frames
         were asked for by number or time in another order.
     indices: (F,) the frames' numbers among the `total_frames` that a player shows, from 0.
-    duration: seconds from pts 0 until the last frame of the clip leaves the screen, by the frames'
-        own times, whatever the header claims.
+    duration: seconds from pts 0 until the last frame of the clip has been shown, by the frames' own
+        times, whatever the header claims and however long the sound goes on.
     fps: average over the whole clip; with a variable rate no two frames need be 1/fps apart.
     warnings: what could not be read or had to be changed, in words. Empty for a sound clip.
     name: for messages and titles.
@@ -122,8 +122,9 @@ class Limits:
     """Ceilings that are checked before the memory or the time is spent.
 
     kept_bytes: of all chosen frames together. pixels: of one frame. frames: of the whole clip.
-    duration: of the whole clip, in seconds. file_bytes: of the file. seconds: for reading it all,
-    looked at between frames (a decoder that hangs inside one needs a `DecodePool`).
+    duration: of the clip, or of its part between start and end, in seconds. file_bytes: of the
+    file. seconds: for reading it all, looked at between frames (a decoder that hangs inside one
+    needs a `DecodePool`).
     """
 
     kept_bytes: int = 4 << 30

@@ -46,7 +46,7 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
-            if index is not None and _asks_of_time(options.policy):
+            if index is not None and _asks_of_time(options.policy) and not index.is_moved:
                 end = sound_end(reader, index.timeline)
                 index = replace(index, timeline=replace(index.timeline, end=end))
             video = _chosen(source, index, reader) if index is not None else None

@@ -42,7 +42,7 @@ class Index:
 
     stamps: theirs, ascending; None where frames go by count. pixel_aspect: width over height.
     losses: signs of damage. notes: what had to be assumed. is_mended: whether the times are not
-    quite the stamps, two of which may be equal.
+    quite the stamps, two of which may be equal; is_moved: whether some are far from them.
     """
 
     timeline: Timeline
@@ -51,6 +51,7 @@ class Index:
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     is_mended: bool = False
+    is_moved: bool = False
 
     def row(self, stamp: int | None, guess: int) -> int | None:
         """The row with this stamp, where there are stamps; quickly if it is the one guessed."""
@@ -138,7 +139,8 @@ def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
     stamped = _timeline(stream, ticks, last, table.keys)  # the header knows of no other times
     losses = (*_cut_off(stream, stamped, reader.faults), *later_pictures(reader))
     aspect = stream.sample_aspect_ratio
-    return Index(timeline, ticks, aspect, losses, notes, is_mended=mended is not None)
+    moved = mended is not None and mended.is_moved
+    return Index(timeline, ticks, aspect, losses, notes, mended is not None, moved)
 
 
 class _Packets:
@@ -283,7 +285,8 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
     timeline = _timeline(stream, ticks, 0, np.asarray(keys), mended)
     losses += _cut_off(stream, _timeline(stream, ticks, 0, np.asarray(keys)), [])
     losses += later_pictures(reader)
-    return Index(timeline, None, stream.sample_aspect_ratio, tuple(losses), tuple(notes))
+    aspect, moved = stream.sample_aspect_ratio, mended is not None and mended.is_moved
+    return Index(timeline, None, aspect, tuple(losses), tuple(notes), mended is not None, moved)
 
 
 def _timeline(

@@ -36,11 +36,14 @@ def sound_end(reader: Reader, timeline: Timeline) -> float | None:
     announced = ((container.start_time or 0) + container.duration) / 1_000_000
     if max(announced - timeline.start_time, sound_length(reader)) <= least:
         return None
-    ends = []
+    ends, lengths = [0.0], dict.fromkeys((s.index for s in container.streams.audio), 0.0)
     for packet in reader.others(container.streams.audio, timeline.start_time + timeline.stop):
+        length = float((packet.duration or 0) * packet.time_base)
+        lengths[packet.stream_index] += length
         if packet.pts is not None:
-            ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    end = max(ends, default=0.0) - timeline.start_time
+            ends.append(float(packet.pts * packet.time_base) + length - timeline.start_time)
+    # A stamp that is hours off is no sound. Packets' lengths are rounded, to 21 of 21.3 ms, say.
+    end = min(max(ends), timeline.stop + 1.1 * max(lengths.values()))
     return end if end > least else None
 
 
