@@ -311,6 +311,29 @@ def prints(source: Source) -> Iterator[str]:
                 yield source.at(node, "prints; the library logs")
 
 
+# What torch makes in the process' default dtype, which any thread may change at any time.
+ALLOCATORS = {"empty", "empty_strided", "eye", "full", "ones", "rand", "randn", "normal", "zeros"}
+CONVERTERS = {"arange", "as_tensor", "asarray", "linspace", "logspace", "range", "tensor"}
+CREATORS = {*ALLOCATORS, *CONVERTERS, "scalar_tensor"}
+TYPED_BY_DEFAULT = {"Tensor", "FloatTensor"}  # take no dtype at all
+CREATING = CREATORS | TYPED_BY_DEFAULT
+
+
+def leaves_dtype_to_torch(source: Source) -> Iterator[str]:
+    taken = {i.name for i in imports(source) if i.module == "torch"} & CREATORS
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
+                is_creator = name in CREATING
+            case ast.Call(func=ast.Name(id=name)):
+                is_creator = name in taken
+            case _:
+                continue
+        has_dtype = name in CREATORS and any(word.arg == "dtype" for word in node.keywords)
+        if is_creator and not has_dtype:
+            yield source.at(node, f"torch.{name} without dtype depends on the process' default")
+
+
 def starts_undocumented(source: Source) -> Iterator[str]:
     if not ast.get_docstring(source.tree):
         yield f"{source.path}: does not start with a docstring"

@@ -333,12 +333,14 @@ class _Room:
     two tensors that stay would leave holes, into which larger ones do not fit."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(CHUNK, dtype=torch.uint8)  # no memory before it is written
+        self._memory = torch.empty(
+            CHUNK, dtype=torch.uint8, device="cpu"
+        )  # no memory before it is written
 
     def of(self, numbers: int, dtype: torch.dtype) -> Tensor:
         size = numbers * dtype.itemsize
         if len(self._memory) < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[:size].view(dtype)
 
 

@@ -165,7 +165,7 @@ def placeholder_ids(model: VideoModel, embeds: Tensor) -> Tensor:
     """Embedded tokens (..., D) -> (...) the placeholder's id where one stands, -1 elsewhere."""
     ids = torch.full(embeds.shape[:-1], -1, dtype=torch.int64, device=embeds.device)
     for id in model.config.placeholders.values():
-        row = model.embed(torch.tensor([id], device=embeds.device))[0].to(embeds)
+        row = model.embed(torch.tensor([id], dtype=torch.int64, device=embeds.device))[0].to(embeds)
         ids[(embeds == row).all(-1)] = id
     return ids
 
@@ -228,7 +228,8 @@ def _step(call: Call, mask: Tensor, cache: Cache | None) -> Step:
                 f"{columns} to {columns + L - 1}: leave it out"
             )
     before = [0] * B if cache is None else [row.length for row in cache.rows]
-    positions = mask.long().cumsum(1) - 1 + torch.tensor(before, device=mask.device)[:, None]
+    past = torch.tensor(before, dtype=torch.int64, device=mask.device)
+    positions = mask.long().cumsum(1) - 1 + past[:, None]
     if call.position_ids is not None:
         positions = call.position_ids.to(mask.device).expand_as(mask)
     trace = Trace(

@@ -133,7 +133,7 @@ class PretrainedModel(VideoModel):
         model on several devices would be moved."""
         if self.placement is not None and self.placement.elsewhere:
             for device in {self.placement.main, *self.placement.elsewhere.values()}:
-                if fn(torch.empty(0, device=device)).device != device:
+                if fn(torch.empty(0, dtype=self.dtype, device=device)).device != device:
                     raise InvalidArgument(
                         "this model lies on several devices and cannot be moved; load it again "
                         "with device_map='cpu' or 'cuda'"
@@ -359,7 +359,7 @@ def _streamed(tokens: Iterator[Token], prompt: Tensor, streamer: Any) -> list[in
     streamer.put(prompt.cpu())
     for token in tokens:
         answer.append(token.id)
-        streamer.put(torch.tensor([token.id]))
+        streamer.put(torch.tensor([token.id], dtype=torch.int64, device="cpu"))
     streamer.end()
     return answer
 
@@ -368,5 +368,5 @@ def _joined(ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:
     longest = max(len(answer) for answer in answers)
     new = ids.new_full((len(answers), longest), pad)
     for row, answer in zip(new, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
+        row[: len(answer)] = torch.tensor(answer, dtype=new.dtype, device="cpu")
     return torch.cat((ids, new), dim=1)

@@ -160,7 +160,8 @@ class LlavaNextVideoNetwork(TowerModel):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         width = config.text_config.hidden_size
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        newline = torch.randn(width, dtype=torch.get_default_dtype()) * width**-0.5
+        self.image_newline = nn.Parameter(newline)
         self.language_model = CausalLM(config.text_config)
         self.tie()
 

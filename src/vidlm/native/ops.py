@@ -43,7 +43,7 @@ def decode_attention(
         return plain.decode_attention(q, keys, values, tables, lengths, block)
     W = tables.shape[1]
     spans = -(-W * block // SPAN)
-    scratch = torch.empty(B * H * spans * (E + 2))
+    scratch = torch.empty(B * H * spans * (E + 2), dtype=torch.float32, device="cpu")
     out = torch.empty_like(q)
     rest = (t.data_ptr() for t in (tables, lengths, out, scratch))
     job = pack(q.data_ptr(), *buffers(keys, values), *rest, B, H, K, E, N, W, block, spans)
@@ -126,7 +126,7 @@ def numbers(
     lib = library() if told and computed else None
     if lib is None:
         return plain.numbers(cache, where, dtype)
-    out = torch.empty(K, S, E, dtype=dtype) if room is None else room
+    out = torch.empty(K, S, E, dtype=dtype, device="cpu") if room is None else room
     assert (out.shape, out.dtype) == ((K, S, E), dtype)
     job = pack(*fields(cache), slots, out.data_ptr(), start, S, K, E, N)
     lib.vidlm_decoded(job, TYPES[dtype], threads(out.numel() + out.nbytes))

@@ -24,7 +24,7 @@ class _Room(local):
     def of(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         size = shape[0] * shape[1]
         if self.memory is None or self.memory.dtype != dtype or len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=dtype)
+            self.memory = torch.empty(size, dtype=dtype, device="cpu")
         return self.memory[:size].view(shape)
 
 
@@ -79,7 +79,11 @@ class PackedWeight:
         lib = library() if self.readable() and dtype in TYPES else None
         if lib is None:
             return self._numbers(dtype)
-        out = _ROOM.of(self.shape, dtype) if passing else torch.empty(self.shape, dtype=dtype)
+        out = (
+            _ROOM.of(self.shape, dtype)
+            if passing
+            else torch.empty(self.shape, dtype=dtype, device="cpu")
+        )
         job = pack(*self.fields, 0, out.data_ptr(), self.shape[0])
         lib.vidlm_unpack(job, self.width, TYPES[dtype], threads(out.nbytes))
         return out

@@ -35,7 +35,8 @@ def decode_attention(
         used = table[: -(-length // block)]
         where: slice | Tensor = slice(used[0] * block, used[0] * block + length)
         if any(b != used[0] + i for i, b in enumerate(used)):  # no neighbours: a copy it must be
-            slots = torch.tensor(used)[:, None] * block + torch.arange(block)
+            first = torch.tensor(used, dtype=torch.int64, device="cpu")[:, None] * block
+            slots = first + torch.arange(block, dtype=torch.int64, device="cpu")
             where = slots.flatten()[:length]
         k, v = numbers(keys, where, q.dtype), numbers(values, where, q.dtype)  # (K, S, E)
         weights = _weights(x.view(len(k), -1, x.shape[-1]), k)
@@ -48,9 +49,10 @@ def _all_at_once(
 ) -> Tensor:
     """The shorter sequences are filled up, and nothing waits for the device."""
     B, _, E = q.shape
-    slots = tables[:, :, None].long() * block + torch.arange(block, device=q.device)
-    slots = slots.flatten(1)  # (B, S)
-    hidden = torch.arange(slots.shape[1], device=q.device) >= lengths[:, None]
+    inside = torch.arange(block, dtype=torch.int64, device=q.device)
+    slots = (tables[:, :, None].long() * block + inside).flatten(1)  # (B, S)
+    place = torch.arange(slots.shape[1], dtype=torch.int64, device=q.device)
+    hidden = place >= lengths[:, None]
     # A slot that was never written may hold anything, NaN too, so what is filled up is a sequence's
     # first token, again and again.
     slots = torch.where(hidden, slots[:, :1], slots)

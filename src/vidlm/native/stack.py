@@ -149,7 +149,7 @@ def stack(
     H, K, E, I = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden  # noqa: E741
     W = places.tables.shape[1]
     spans = -(-W * places.block // SPAN)
-    scratch = torch.empty(M * H * spans * (E + 2))
+    scratch = torch.empty(M * H * spans * (E + 2), dtype=torch.float32, device="cpu")
     room = x.new_empty(M * (2 * D + 3 * H * E + 2 * K * E + 2 * I))
     layers = table.filled(caches)
     x, out = x.clone(), torch.empty_like(x)
