@@ -33,6 +33,7 @@ def decode_attention(
     rows = []
     for x, table, length in zip(q, tables.tolist(), lengths.tolist(), strict=True):
         used = table[: -(-length // block)]
+        _check_blocks(used, length, block, keys.shape[1])
         where: slice | Tensor = slice(used[0] * block, used[0] * block + length)
         if any(b != used[0] + i for i, b in enumerate(used)):  # no neighbours: a copy it must be
             first = torch.tensor(used, dtype=torch.int64, device="cpu")[:, None] * block
@@ -42,6 +43,15 @@ def decode_attention(
         weights = _weights(x.view(len(k), -1, x.shape[-1]), k)
         rows.append((weights @ v).view_as(x))
     return torch.stack(rows) if rows else torch.empty_like(q)
+
+
+def _check_blocks(used: Sequence[int], length: int, block: int, N: int) -> None:
+    """A slice past the end would be cut short in silence, and a negative index be counted from
+    the end."""
+    last = length - (len(used) - 1) * block  # tokens of the last block
+    ends = (b * block + (last if i == len(used) - 1 else block) for i, b in enumerate(used))
+    if not 1 <= length <= len(used) * block or min(used) < 0 or max(ends) > N:
+        raise IndexError(f"{length} tokens in the blocks {used} of {block} among {N} slots")
 
 
 def _all_at_once(
