@@ -109,8 +109,8 @@ class VideoHandle:
         to a .safetensors file, which `lm.video(path)` answers from without the video.
 
         `system` is the system prompt that questions will have: it stands in front of the video.
-        Pixels are not kept. Raises InvalidArgument for another suffix, OSError where it cannot be
-        written.
+        Pixels are not kept. Raises InvalidArgument for another suffix, OutputError where it cannot
+        be written.
         """
         path = checked_name(path)
         lm, engine = self.checked(self.lm, FrameOptions()).lm, self.lm.engine

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument, MediaNotFound
+from vidlm.files import replaced
 from vidlm.models.base import Encoded, Media
 from vidlm.models.media_state import media_from_state, media_to_state
 from vidlm.native import Cache, Coded, tensors_of
 from vidlm.quant import PRESETS, preset
 from vidlm.types import FrameRef
+from vidlm.weights import write_tensors
 
 SUFFIX = ".safetensors"
 FORMAT = "vidlm-video-1"
@@ -68,7 +69,7 @@ def write_index(
     encoded: Sequence[Encoded],
     layers: Sequence[tuple[Cache, Cache]],
 ) -> None:
-    """Write it whole or not at all. Raises OSError."""
+    """Write it whole or not at all. Raises OutputError."""
     tensors: dict[str, Tensor] = {}
     states = []
     for i, (item, features) in enumerate(zip(media, encoded, strict=True)):
@@ -80,15 +81,8 @@ def write_index(
             tensors.update(zip(names, tensors_of(cache), strict=False))
     told = {**asdict(index), "media": states, "layers": len(layers)}
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()  # says why it cannot be written, if it cannot
-        save_file(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial:
+        write_tensors(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
 
 
 def read_index(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vidlm.errors import InvalidArgument, unknown_keyword
+from vidlm.files import make_folder
 from vidlm.hf.conversation import (
     VIDEO_OPTIONS,
     Conversation,
@@ -80,9 +81,7 @@ class ProcessorMixin:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer, chat template, preprocessor_config.json and processor_config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._adjusted({}).save(folder)
+        self._adjusted({}).save(make_folder(folder))
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         """The media of a batch, images before videos, under the names that `forward` takes."""
