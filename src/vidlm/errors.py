@@ -12,6 +12,8 @@ VidlmError
 │   ├── HubUnreachable     (ConnectionError)     not in the cache, and the hub does not answer
 │   ├── UnsupportedModel                         an architecture, format or option not supported
 │   └── WeightsError                             tensors missing, left over or misshapen
+├── OutputError            (OSError)             a file or folder could not be written
+│   └── FolderNotFound     (FileNotFoundError)   the folder to write to does not exist
 └── EngineClosed           (RuntimeError)        asked of an engine that was closed
 
 In brackets the builtin exception that an error is too.
@@ -71,6 +73,17 @@ class UnsupportedModel(ModelError):
 
 class WeightsError(ModelError):
     """Tensors of a checkpoint are missing, left over or of another shape."""
+
+
+class OutputError(VidlmError, OSError):
+    """A file or folder could not be written: the disk is full, a folder is missing, or the like."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class FolderNotFound(OutputError, FileNotFoundError):
+    """The folder that a file should be written to does not exist."""
 
 
 class EngineClosed(VidlmError, RuntimeError):

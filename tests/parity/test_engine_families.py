@@ -23,12 +23,6 @@ READING = {
     "slowfast, all read": {"cross_attn_implementation": "vanilla", "slow_in_decode": True},
     "slowfast, text behind": {"cross_attn_implementation": "text-only-vanilla-masksystem"},
 }
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ '<video>' }}{% endif %}"
-    "{% endfor %}{{ '\n' }}{% endfor %}{{ 'assistant: ' }}"
-)
 FAMILIES = ("siglip-qwen2-tied", *video_forms.FORMS, *READING)
 
 
@@ -41,10 +35,7 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
         return vidlm.load(tiny.write(folder, tiny.FORMS[name]))
     form = video_forms.FORMS[name]
     made = vidlm.load(form.write(folder))
-    image, video = form.image, form.video
-    made.processor.tokenizer.chat_template = TEMPLATE.replace("'<image>'", repr(image)).replace(
-        "'<video>'", repr(video)
-    )
+    made.processor.tokenizer.chat_template = form.template
     return made
 
 

@@ -122,7 +122,7 @@ class VideoHandle:
         autocast. Those of an exact engine are of whole cells of 512 tokens: of a shorter prompt
         there are none, and a line of the log says so. Pixels are not kept; control characters in
         the name and in warnings are written as escapes. Raises InvalidArgument for another suffix,
-        ContextOverflow where no question would fit, OSError where it cannot be written.
+        ContextOverflow where no question would fit, OutputError where it cannot be written.
         """
         path = checked_name(path)
         lm, engine = self.checked(self.lm, FrameOptions()).lm, self.lm.engine

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vidlm.api.index_check import STORED, check_finite, check_media, check_tensors, kv_names
 from vidlm.api.index_fields import Identity, Index, Stated, parse_index
 from vidlm.errors import InvalidArgument, MediaNotFound, WeightsError
+from vidlm.files import replaced
 from vidlm.hub import TensorEntry, read_open_header
 from vidlm.models.base import Encoded, Media, VideoModel
 from vidlm.models.media_state import media_from_state, media_to_state
 from vidlm.native import Cache, Coded, tensors_of
 from vidlm.quant import PRESETS, preset
+from vidlm.weights import write_tensors
 
 SUFFIX = ".safetensors"
 FORMAT = "vidlm-video-1"
@@ -47,7 +47,7 @@ def write_index(
     encoded: Sequence[Encoded],
     layers: Sequence[tuple[Cache, Cache]],
 ) -> None:
-    """Write it whole or not at all. Raises OSError."""
+    """Write it whole or not at all. Raises OutputError."""
     tensors: dict[str, Tensor] = {}
     states = []
     for i, (item, features) in enumerate(zip(media, encoded, strict=True)):
@@ -64,15 +64,8 @@ def write_index(
             "fewer frames"
         )
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()  # says why it cannot be written, if it cannot
-        save_file(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial:
+        write_tensors(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
 
 
 def read_index(

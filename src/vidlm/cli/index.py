@@ -12,6 +12,7 @@ from vidlm.cli.options import Index
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import SAVED, STDIN, check_sources, chosen_frames, is_saved, read
 from vidlm.errors import InvalidArgument
+from vidlm.files import make_folder
 
 
 def index(given: Index) -> None:
@@ -31,7 +32,7 @@ def index(given: Index) -> None:
             progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
             began = time.perf_counter()
             progress.now(f"{count} for {target}")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             video.save(target, kv=not given.no_kv, system=given.system)
             size = f"{target.stat().st_size / 1e6:,.1f} MB"
             progress.done(time.perf_counter() - began, "save", f"{target}, {size}")

@@ -14,6 +14,7 @@ from vidlm.cli.loading import loading
 from vidlm.cli.options import FRAMES, Demo, Frames, Info
 from vidlm.cli.sources import check_sources, chosen_frames, read
 from vidlm.errors import InvalidArgument
+from vidlm.files import replaced
 
 SIDE = 640  # pixels of a frame kept for the sheet, which shows it smaller
 
@@ -92,13 +93,12 @@ def _save(sheet: Image, output: Path, force: bool) -> None:
         raise InvalidArgument(
             f"--output {output}: a contact sheet is a PNG; name it {output.stem}.png"
         )
-    try:
-        with output.open("wb" if force else "xb") as file:
-            sheet.save(file, "PNG")
-    except FileExistsError as error:
+    if output.exists() and not force:
         raise InvalidArgument(
             f"{output} exists already; replace it with --force, or name another with --output"
-        ) from error
+        )
+    with replaced(output) as partial:
+        sheet.save(partial, "PNG")
 
 
 def _about(video: Video) -> dict[str, Any]:

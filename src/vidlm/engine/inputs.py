@@ -27,7 +27,7 @@ class PromptInputs:
         self, model: VideoModel, prompt: Prompt, cache: FeatureCache | None, tag: bytes = b""
     ) -> None:
         self._model, self._prompt, self._cache, self._tag = model, prompt, cache, tag
-        self._ids = torch.tensor(prompt.ids)
+        self._ids = torch.tensor(prompt.ids, dtype=torch.int64, device="cpu")
         self._places = _places(model, self._ids, prompt.media)
         self._features: list[Encoded | None] = [None for _ in prompt.media]
         self._memory: Memory | None = None
@@ -104,11 +104,12 @@ class PromptInputs:
     def rows(self, ids: Sequence[int], start: int) -> Tensor:
         """The tokens `ids` (n,), which stand at `start` of prompt and answer, embedded: (n, D)."""
         device, stop = self._model.device, start + len(ids)
-        x = self._model.embed(upload(torch.tensor(ids), device))
+        x = self._model.embed(upload(torch.tensor(ids, dtype=torch.int64, device="cpu"), device))
         for i, (begin, end) in self._stretches.items():
             if begin < stop and start < end:
                 places = self._places[i]
-                first, last = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
+                span = torch.tensor([start, stop], dtype=torch.int64, device="cpu")
+                first, last = torch.searchsorted(places, span).tolist()
                 rows = upload(places[first:last] - start, device)
                 tokens = upload(self._feature(i).tokens[first:last], device, x.dtype)
                 x = x.index_copy(0, rows, tokens)

@@ -97,7 +97,7 @@ class PagedKV:
             self.layer,
             self.block,
             self._padded([np.array(table, np.int32) for table in tables], stops),
-            torch.tensor(stops, dtype=torch.int32),
+            torch.tensor(stops, dtype=torch.int32, device="cpu"),
             torch.cat(news),
             tuple(spans),
         ).to(self.device)
@@ -165,12 +165,15 @@ class PagedKV:
         if all(b == blocks[0] + i for i, b in enumerate(blocks)):
             begin = blocks[0] * size + offset
             return slice(begin, begin + stop - start)
-        ids = torch.tensor(blocks)[:, None] * size + torch.arange(size)
+        ids = torch.tensor(blocks, dtype=torch.int64, device="cpu")[:, None] * size
+        ids = ids + torch.arange(size, dtype=torch.int64, device="cpu")
         return ids.flatten()[offset : offset + stop - start]
 
 
 def _slots(span: slice | Tensor) -> Tensor:
-    return torch.arange(span.start, span.stop) if isinstance(span, slice) else span
+    if isinstance(span, slice):
+        return torch.arange(span.start, span.stop, dtype=torch.int64, device="cpu")
+    return span
 
 
 def _picked(cache: Cache, slots: Tensor) -> Cache:

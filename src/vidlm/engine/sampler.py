@@ -129,7 +129,8 @@ def _penalise(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -
 
 
 def _forbid(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    places = torch.tensor([t for t in tokens if t < len(logits)], device=logits.device).long()
+    known = [t for t in tokens if t < len(logits)]
+    places = torch.tensor(known, dtype=torch.int64, device=logits.device)
     return logits.index_fill(0, places, -torch.inf)
 
 

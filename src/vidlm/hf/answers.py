@@ -31,7 +31,7 @@ def streamed(tokens: Iterator[Token], prompt: Tensor, streamer: Any) -> list[int
     streamer.put(prompt.cpu())
     for token in tokens:
         answer.append(token.id)
-        streamer.put(torch.tensor([token.id]))
+        streamer.put(torch.tensor([token.id], dtype=torch.int64, device="cpu"))
     streamer.end()
     return answer
 
@@ -41,5 +41,5 @@ def joined(ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:
     longest = max(len(answer) for answer in answers)
     new = ids.new_full((len(answers), longest), pad)
     for row, answer in zip(new, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
+        row[: len(answer)] = torch.tensor(answer, dtype=new.dtype, device="cpu")
     return torch.cat((ids, new), dim=1)

@@ -62,7 +62,7 @@ class Cache:
             )
         if self.mask is None or attention_mask is None:
             if attention_mask is None:
-                return torch.ones(B, L, dtype=torch.bool)
+                return torch.ones(B, L, dtype=torch.bool, device="cpu")
             return attention_mask.bool()
         past, given = self.mask.shape[1], tuple(attention_mask.shape)
         known = attention_mask[:, :past].bool().to(self.mask.device)

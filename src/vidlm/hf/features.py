@@ -36,7 +36,7 @@ class BatchFeature(UserDict[str, Any]):
             if tensor_type == "np":
                 self.data[name] = np.asarray(value)
             elif not isinstance(value, torch.Tensor):
-                self.data[name] = torch.as_tensor(np.asarray(value))
+                self.data[name] = torch.from_numpy(np.asarray(value))
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -174,7 +174,7 @@ def placeholder_ids(model: VideoModel, embeds: Tensor) -> Tensor:
     """Embedded tokens (..., D) -> (...) the placeholder's id where one stands, -1 elsewhere."""
     ids = torch.full(embeds.shape[:-1], -1, dtype=torch.int64, device=embeds.device)
     for id in model.config.placeholders.values():
-        row = model.embed(torch.tensor([id], device=embeds.device))[0].to(embeds)
+        row = model.embed(torch.tensor([id], dtype=torch.int64, device=embeds.device))[0].to(embeds)
         ids[(embeds == row).all(-1)] = id
     return ids
 
@@ -246,7 +246,8 @@ def _positions(call: Call, mask: Tensor, cache: Cache | None) -> Tensor:
             )
         return positions.expand_as(mask)
     before = [0] * B if cache is None else [row.length for row in cache.rows]
-    return mask.long().cumsum(1) - 1 + torch.tensor(before, device=mask.device)[:, None]
+    past = torch.tensor(before, dtype=torch.int64, device=mask.device)
+    return mask.long().cumsum(1) - 1 + past[:, None]
 
 
 def _lengths(call: Call, mask: Tensor, positions: Tensor) -> tuple[int, ...]:

@@ -191,7 +191,9 @@ class LlavaNextVideoImageProcessor(ImageProcessor):
         tiles = [core(image) for image in images]
         return {
             "pixel_values": laid_out(padded(tiles) if self.do_pad else tiles, layouts, self),
-            "image_sizes": torch.tensor([image.shape[1:] for image in images]),
+            "image_sizes": torch.tensor(
+                [image.shape[1:] for image in images], dtype=torch.int64, device="cpu"
+            ),
         }
 
 
@@ -282,8 +284,10 @@ class VideoLlama3ImageProcessor(PatchProcessor, ImageProcessor):
         rows, grids = zip(*(core([frame]) for frame in frames), strict=True)
         return {
             "pixel_values": joined(rows),
-            "image_grid_thw": torch.tensor(grids),
-            "image_merge_sizes": torch.full((len(grids),), core.merge_size),
+            "image_grid_thw": torch.tensor(grids, dtype=torch.int64, device="cpu"),
+            "image_merge_sizes": torch.full(
+                (len(grids),), core.merge_size, dtype=torch.int64, device="cpu"
+            ),
         }
 
 

@@ -50,7 +50,9 @@ class LlavaNextVideoProcessor(TowerProcessor):
         batch: dict[str, Any] = {}
         if images:
             batch["pixel_values"] = padded([item.pixels for item in images])
-            batch["image_sizes"] = torch.tensor([item.size for item in images])
+            batch["image_sizes"] = torch.tensor(
+                [item.size for item in images], dtype=torch.int64, device="cpu"
+            )
         if videos:
             batch["pixel_values_videos"] = stacked(videos)
         return batch
@@ -70,7 +72,8 @@ class _Inputs(PretrainedModel, LlavaNextVideoNetwork):
                 "as the processor made them"
             )
         made: list[Media] = []
-        for tiles, (height, width) in zip(images, torch.as_tensor(sizes).tolist(), strict=True):
+        shapes = torch.as_tensor(sizes, dtype=torch.int64, device="cpu").tolist()
+        for tiles, (height, width) in zip(images, shapes, strict=True):
             size = height, width
             pixels = tiles[: self.config.tiles(size)]
             made.append(TiledImage(pixels, self.config.tokens_per_image(size), size=size))

@@ -131,23 +131,28 @@ class PretrainedModel(VideoModel):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors, for transformers too; of a quantized model what
-        `from_pretrained` reads without the original. Raises UnsupportedModel where bitsandbytes
-        quantized it, on a GPU."""
+        """Write config.json, generation_config.json and safetensors, for transformers too; of a
+        quantized model what `from_pretrained` reads without the original. An older checkpoint in
+        the folder stays as it is until the new one is on the disk.
+
+        Raises UnsupportedModel where bitsandbytes quantized it, on a GPU, and OutputError where
+        the folder cannot be written."""
         quantized = self.quantization_config
         if quantized is not None and not any(type(m) is PackedLinear for m in self.modules()):
             raise UnsupportedModel(
                 "a model that bitsandbytes quantized cannot be written; load it with "
                 "QuantoConfig, or with device_map='cpu', and save that"
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        save(self, Path(folder), self.renames(), beside=self._texts())
+
+    def _texts(self) -> dict[str, str]:
+        """The files that stand beside the weights."""
+        quantized = self.quantization_config
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         config["torch_dtype"] = config["dtype"]
         if quantized is not None:
             config["quantization_config"] = scheme_of(quantized).to_dict()
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save(self, folder, self.renames())
+        return {"config.json": json.dumps(config, indent=2) + "\n"}
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
@@ -161,7 +166,7 @@ class PretrainedModel(VideoModel):
         model on several devices would be moved."""
         if self.placement is not None and self.placement.elsewhere:
             for device in {self.placement.main, *self.placement.elsewhere.values()}:
-                if fn(torch.empty(0, device=device)).device != device:
+                if fn(torch.empty(0, dtype=self.dtype, device=device)).device != device:
                     raise InvalidArgument(
                         "this model lies on several devices and cannot be moved; load it again "
                         "with device_map='cpu' or 'cuda'"
@@ -272,12 +277,11 @@ class ForConditionalGeneration(PretrainedModel):
             model.generation_config = read_json(generation)
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, generation_config.json and safetensors, for transformers too."""
-        super().save_pretrained(folder)
+    def _texts(self) -> dict[str, str]:
+        texts = super()._texts()
         if self.generation_config:
-            text = json.dumps(self.generation_config, indent=2) + "\n"
-            (Path(folder) / GENERATION_FILE).write_text(text)
+            texts[GENERATION_FILE] = json.dumps(self.generation_config, indent=2) + "\n"
+        return texts
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head

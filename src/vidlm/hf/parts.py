@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from vidlm.errors import InvalidArgument, unknown_keyword
+from vidlm.files import make_folder
 from vidlm.hf.frame_options import FrameOptions
 from vidlm.hf.image_processing import ImageProcessor
 from vidlm.hf.loading import find
@@ -118,9 +119,7 @@ class ProcessorParts:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer, chat template, preprocessor_config.json and processor_config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._adjusted({}, {}).save(folder)
+        self._adjusted({}, {}).save(make_folder(folder))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -135,7 +135,10 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
         made = []
         for name, kind in NAMES.items():
             for pixels in inputs.get(name, ()):
-                frames = torch.as_tensor(pixels)
+                given = isinstance(pixels, Tensor)
+                frames = (
+                    pixels if given else torch.as_tensor(pixels, dtype=torch.float32, device="cpu")
+                )
                 frames = frames[None] if frames.ndim == 3 else frames
                 if frames.ndim != 4:
                     raise InvalidArgument(
@@ -164,7 +167,8 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
         out, shown = ids.new_zeros(len(rows), most), mask.new_zeros(len(rows), most)
         for i, wide in enumerate(rows):
             part = slice(most - len(wide), None) if left else slice(len(wide))
-            out[i, part], shown[i, part] = torch.tensor(wide, device=ids.device), True
+            out[i, part] = torch.tensor(wide, dtype=ids.dtype, device=ids.device)
+            shown[i, part] = True
         return out, shown
 
     def forward(

@@ -268,8 +268,12 @@ class VideoLlama3VideoProcessor(PatchProcessor, VideoProcessor):
         kept = [core.kept(rows, grid) for rows, grid in made]
         return {
             "pixel_values_videos": joined([rows for rows, _ in made]),
-            "video_grid_thw": torch.tensor([grid for _, grid in made]),
-            "video_merge_sizes": torch.full((len(made),), core.merge_size),
+            "video_grid_thw": torch.tensor(
+                [grid for _, grid in made], dtype=torch.int64, device="cpu"
+            ),
+            "video_merge_sizes": torch.full(
+                (len(made),), core.merge_size, dtype=torch.int64, device="cpu"
+            ),
             "video_compression_mask": torch.cat(kept),
         }
 

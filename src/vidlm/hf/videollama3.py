@@ -79,8 +79,9 @@ class VideoLlama3Processor(ProcessorMixin):
             if not items:
                 continue
             batch[pixels] = torch.cat([item.pixels for item in items])
-            batch[f"{kind}_grid_thw"] = torch.tensor([item.grid for item in items])
-            batch[f"{kind}_merge_sizes"] = torch.tensor([item.merge for item in items])
+            grids, merges = [item.grid for item in items], [item.merge for item in items]
+            batch[f"{kind}_grid_thw"] = torch.tensor(grids, dtype=torch.int64, device="cpu")
+            batch[f"{kind}_merge_sizes"] = torch.tensor(merges, dtype=torch.int64, device="cpu")
             kept = [item.kept for item in items if item.kept is not None]
             if kept:
                 batch["video_compression_mask"] = torch.cat(kept)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument, ModelError, unknown_keyword
+from vidlm.files import write_files
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.loading import find
 from vidlm.hub import read_json
@@ -140,9 +141,7 @@ class PixelProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, or video_preprocessor_config.json, into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.files[0]).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_files(folder, {self.files[0]: json.dumps(self.to_dict(), indent=2) + "\n"})
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:

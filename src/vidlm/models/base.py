@@ -209,7 +209,8 @@ class VideoModel(nn.Module):
 
     def readers(self, ids: Tensor) -> Tensor:
         """Which of a prompt's tokens (T,) attend to its memory: (T,) bool. Here, all text."""
-        media = torch.tensor(list(self.config.placeholders.values()), device=ids.device)
+        placeholders = [*self.config.placeholders.values()]
+        media = torch.tensor(placeholders, dtype=ids.dtype, device=ids.device)
         return torch.isin(ids, media, invert=True)
 
     def logits(self, h: Tensor) -> Tensor:

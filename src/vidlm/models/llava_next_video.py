@@ -157,7 +157,8 @@ class LlavaNextVideoNetwork(TowerModel):
         tower = VisionTransformer(config.vision_config)
         body = TowerBody(config, vision_tower=tower)
         width = config.text_config.hidden_size
-        body.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        newline = torch.randn(width, dtype=torch.get_default_dtype()) * width**-0.5
+        body.image_newline = nn.Parameter(newline)
         super().__init__(config, body)
 
     def _encoding(

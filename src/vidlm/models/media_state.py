@@ -54,7 +54,7 @@ def media_from_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     values = {name: _frozen(value) for name, value in values.items()}
     _check_fields(kind, values)
     return kind(
-        pixels=torch.empty(0),
+        pixels=torch.empty(0, dtype=torch.float32, device="cpu"),
         encoded=_features(values["tokens"], tensors),
         named=_digest(state["digest"]),
         **values,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from vidlm.errors import ModelError, UnsupportedModel
+from vidlm.files import write_files
 from vidlm.hub import read_config, read_json
 from vidlm.models.base import Kind, Media, Rows, VideoModel
 from vidlm.nn.activation import activation
@@ -236,7 +237,6 @@ class TowerProcessor:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
-        self.tokenizer.save(folder)
         shared = {"processor_class": self.processor_class}
         family = self.processor_class.removesuffix("Processor")
         words = {"image_token": self.image_token, **asdict(self.frame_tokens)}
@@ -249,8 +249,8 @@ class TowerProcessor:
             videos = self.video_pixels.to_dict()
             del videos["image_processor_type"]
             files[VIDEOS_FILE] = {**videos, "video_processor_type": f"{family}VideoProcessor"}
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps({**shared, **content}, indent=2) + "\n")
+        texts = {n: json.dumps({**shared, **c}, indent=2) + "\n" for n, c in files.items()}
+        write_files(folder, {**self.tokenizer.files(), **texts})
 
     def places(self, media: Media) -> tuple[str, list[int]]:
         token = self.image_token if media.kind == "image" else self.video_token

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel
+from vidlm.files import write_files
 from vidlm.hub import read_config, read_json
 from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
@@ -244,11 +245,11 @@ class VideoLlama3Processor:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
-        self.tokenizer.save(folder)
+        texts = self.tokenizer.files()
         if self.image_token != IMAGE_TOKEN:  # transformers asks the tokenizer whether it is another
-            path = folder / TOKENIZER_FILE
-            words = {**read_json(path), "extra_special_tokens": {"image_token": self.image_token}}
-            path.write_text(json.dumps(words, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            words = json.loads(texts[TOKENIZER_FILE])
+            words["extra_special_tokens"] = {"image_token": self.image_token}
+            texts[TOKENIZER_FILE] = json.dumps(words, ensure_ascii=False, indent=2) + "\n"
         shared = {"processor_class": "VideoLlama3Processor"}
         files = {
             IMAGES_FILE: self.image_pixels.to_dict(),
@@ -256,7 +257,8 @@ class VideoLlama3Processor:
             PROCESSOR_FILE: {"image_token": self.image_token},
         }
         for name, content in files.items():
-            (folder / name).write_text(json.dumps({**shared, **content}, indent=2) + "\n")
+            texts[name] = json.dumps({**shared, **content}, indent=2) + "\n"
+        write_files(folder, texts)
 
     def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
         """The native rule shares its budget of pixels among all of one call."""

@@ -161,7 +161,7 @@ def _refuse_unsupported(config: Mapping[str, Any], read: DecoderConfig) -> None:
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.get_default_dtype()))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

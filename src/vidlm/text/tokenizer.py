@@ -18,6 +18,7 @@ from typing import Any, overload
 from tokenizers import Tokenizer as Backend
 
 from vidlm.errors import InvalidArgument, ModelError
+from vidlm.files import write_files
 from vidlm.text.files import (
     MORE_SPECIAL,
     NAMED,
@@ -141,9 +142,10 @@ class Tokenizer:
 
         transformers' AutoTokenizer reads the folder too.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_files(folder, self.files())
+
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes, by the files' names."""
         added = self.backend.get_added_tokens_decoder()
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -155,10 +157,11 @@ class Tokenizer:
         }
         config.pop("chat_template", None)  # it goes to the file that wins over all other places
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        made: dict[str, str | bytes] = {"tokenizer.json": self.backend.to_str(pretty=True)}
+        made["tokenizer_config.json"] = text
         if self.chat_template is not None:
-            # bytes: text mode would turn the template's line ends into the platform's
-            (folder / "chat_template.jinja").write_bytes(self.chat_template.encode())
+            made["chat_template.jinja"] = self.chat_template
+        return made
 
     @property
     def vocab_size(self) -> int:

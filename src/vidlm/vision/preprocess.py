@@ -106,7 +106,7 @@ class Preprocess:
 
     def __call__(self, frames: Sequence[Frame]) -> Tensor:
         """RGB frames, of any sizes -> (F, 3, height, width) float32."""
-        out = torch.empty(len(frames), 3, *self.size)
+        out = torch.empty(len(frames), 3, *self.size, dtype=torch.float32, device="cpu")
         for row, frame in zip(out, frames, strict=True):
             row.copy_(self.one(frame))
         return out
@@ -119,8 +119,8 @@ class Preprocess:
         if self.crop is not None:
             pixels = centre_crop(pixels, self.crop)
         # One fused step, as the reference: (x - 255 mean) / (255 std) in float32.
-        mean = torch.tensor(self.mean)[:, None, None] * (1.0 / self.rescale)
-        std = torch.tensor(self.std)[:, None, None] * (1.0 / self.rescale)
+        mean = per_channel(self.mean) * (1.0 / self.rescale)
+        std = per_channel(self.std) * (1.0 / self.rescale)
         return (pixels.float() - mean) / std
 
     def _target(self, pixels: Tensor) -> tuple[int, int]:
@@ -145,8 +145,13 @@ class PillowPreprocess(Preprocess):
         if self.crop is not None:
             pixels = centre_crop(pixels, self.crop)
         values = (pixels.double() * self.rescale).float()
-        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        mean, std = per_channel(self.mean), per_channel(self.std)
         return (values - mean) / std
+
+
+def per_channel(values: Sequence[float]) -> Tensor:
+    """One number per colour channel, to broadcast over pixels: (3, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]
 
 
 def shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
