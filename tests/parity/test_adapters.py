@@ -122,6 +122,19 @@ def test_adapters_of_ours_act_in_transformers(pair: Pair, tmp_path: Path, name: 
     assert_acts(before, logits(made), logits(theirs))
 
 
+def test_a_merged_model_is_saved_and_one_with_an_adapter_is_not(
+    pair: Pair, tmp_path: Path
+) -> None:
+    made = adapted(pair.ours(), target_modules=["q_proj", "fc1"])
+    expected = logits(made)
+    with pytest.raises(InvalidArgument, match="merge_and_unload"):
+        made.get_base_model().save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    made.merge_and_unload().save_pretrained(tmp_path)
+    for again in (Pair(tmp_path, pair.kind).ours(), Pair(tmp_path, pair.kind).theirs()):
+        assert oracle.difference(logits(again), expected) < 1e-4
+
+
 def rename(folder: Path, renames: tuple[tuple[str, str], ...]) -> None:
     """Give an adapter the names that an older release wrote."""
     older = {}
