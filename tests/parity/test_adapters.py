@@ -16,6 +16,7 @@ from torch import Tensor
 import oracle
 import tiny
 import video_forms
+import vidlm
 from oracle import transformers
 from vidlm import AutoModelForImageTextToText
 from vidlm.errors import InvalidArgument, UnsupportedModel
@@ -122,6 +123,17 @@ def test_adapters_of_ours_act_in_transformers(pair: Pair, tmp_path: Path, name: 
     assert_acts(before, logits(made), logits(theirs))
 
 
+def test_a_merged_model_is_saved_and_one_with_an_adapter_is_not(pair: Pair, tmp_path: Path) -> None:
+    made = adapted(pair.ours(), target_modules=["q_proj", "fc1"])
+    expected = logits(made)
+    with pytest.raises(InvalidArgument, match="merge_and_unload"):
+        made.get_base_model().save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    made.merge_and_unload().save_pretrained(tmp_path)
+    for again in (Pair(tmp_path, pair.kind).ours(), Pair(tmp_path, pair.kind).theirs()):
+        assert oracle.difference(logits(again), expected) < 1e-4
+
+
 def rename(folder: Path, renames: tuple[tuple[str, str], ...]) -> None:
     """Give an adapter the names that an older release wrote."""
     older = {}
@@ -189,8 +201,6 @@ def test_bodies_have_transformers_names(pair: Pair) -> None:
     name = pair.kind.__name__.replace("ForConditionalGeneration", "Model")
     if name == "LlavaModel":
         return
-    import vidlm
-
     ours = getattr(vidlm, name).from_pretrained(pair.folder)
     theirs = getattr(transformers, name).from_pretrained(pair.folder)
     assert set(ours.state_dict()) == set(theirs.state_dict())
@@ -215,3 +225,25 @@ def test_a_loop_of_ones_own(pair: Pair) -> None:
         ids = torch.cat((ids, output.logits[:, -1:].argmax(-1)), dim=1)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": []}
     assert torch.equal(ids, model.generate(IDS, **options))
+
+
+def test_a_switched_adapter_forgets_what_was_cached(tmp_path: Path) -> None:
+    """An engine finds a prompt's beginning again only under the same weights."""
+    folder = tiny.write(tmp_path)
+    image = tiny.picture(1)
+
+    def ask(lm: Any) -> str:
+        text: str = lm.ask(image, "what happens?", max_tokens=8, temperature=0).text
+        return text
+
+    lm = vidlm.load(str(folder))
+    plain = ask(lm)
+    made = adapted(lm.model, target_modules=["q_proj", "v_proj", "up_proj"])
+    acting = ask(lm)
+    assert acting != plain
+    with made.disable_adapter():
+        assert ask(lm) == plain
+    assert ask(lm) == acting
+    made.merge_adapter()
+    with made.disable_adapter():  # which takes it out of the weights again
+        assert ask(lm) == plain

@@ -71,7 +71,19 @@ def test_as_transformers(folder: Path, model: Any) -> None:
         for mask in (None, torch.ones_like(ids)):  # with a mask, all of a row is one sequence
             inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
             expected = theirs(**inputs, use_cache=False).logits
-            assert difference(model(**inputs).logits, expected) < NEAR
+            assert difference(model(**inputs, use_cache=False).logits, expected) < NEAR
+
+
+@torch.no_grad()
+def test_spaced_positions_with_a_cache_are_one_sequence(folder: Path, model: Any) -> None:
+    theirs = getattr(transformers, type(model).__name__).from_pretrained(folder).float().eval()
+    ids = torch.cat(sequences(*LENGTHS), 1)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(21)[None] * 3 + 5}
+    for how in ({}, {"use_cache": True}):
+        assert difference(model(**inputs, **how).logits, theirs(**inputs, **how).logits) < NEAR
+    apart = theirs(**inputs, use_cache=False).logits
+    assert difference(model(**inputs, use_cache=False).logits, apart) < NEAR
+    assert difference(model(**inputs).logits, apart) > 0.01
 
 
 def test_gradients_stay_within_a_sequence(folder: Path) -> None:

@@ -126,5 +126,12 @@ def block_bytes(model: VideoModel, kv: str | None = None) -> int:
 
 def weights_stamp(model: torch.nn.Module) -> object:
     """Something that differs when weights were changed: a model may be trained between two
-    questions. Changes through `.data` in place are not seen."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    questions, and PEFT's adapters switched or merged. Changes through `.data` in place are not
+    seen."""
+    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    adapted = [m for m in model.modules() if hasattr(type(m), "disable_adapters")]
+    switches = [
+        (str(m.active_adapters), m.disable_adapters, str(getattr(m, "merged_adapters", None)))
+        for m in adapted
+    ]
+    return weights, switches

@@ -25,8 +25,9 @@ class ForwardKeywords(TypedDict, total=False):
     """What every family's `forward` takes beside ids, mask and media; all may be left out.
 
     position_ids     (B, L) or (1, L); real tokens are counted unless given. Without attention_mask
-                     and past_key_values, a position that does not follow the one before begins a
-                     sequence of its own: packed rows, which do not attend to each other
+                     and past_key_values, a position that does not go up begins a sequence of its
+                     own: packed rows, which do not attend to each other. Without use_cache, too, a
+                     position that goes up by more than 1
     past_key_values  the Cache of the forward before; input_ids then holds the new tokens alone and
                      attention_mask all columns so far
     inputs_embeds    (B, L, D) instead of input_ids; media go where it equals the embedding of their
@@ -118,7 +119,7 @@ def states(model: VideoModel, call: Call) -> States:
     x = _embedded(model, call, mask, encoded)
     use_cache = call.use_cache if call.use_cache is not None else not model.training
     positions = _positions(call, mask, cache)
-    lengths = _lengths(call, mask, positions)
+    lengths = _lengths(call, mask, positions, gaps=not use_cache)
     packed_rows = len(lengths) > len(mask)
     if cache is None and use_cache and not (packed_rows and call.use_cache is None):
         cache = Cache(len(mask), packed=packed_rows)
@@ -250,14 +251,19 @@ def _positions(call: Call, mask: Tensor, cache: Cache | None) -> Tensor:
     return mask.long().cumsum(1) - 1 + past[:, None]
 
 
-def _lengths(call: Call, mask: Tensor, positions: Tensor) -> tuple[int, ...]:
-    """Tokens of each sequence: of each row, or of each run of positions in packed rows, by the rule
-    of transformers' find_packed_sequence_indices (parity: tests/parity/test_packed_rows.py)."""
+def _lengths(call: Call, mask: Tensor, positions: Tensor, gaps: bool) -> tuple[int, ...]:
+    """Tokens of each sequence: of each row, or of each run of positions in packed rows.
+
+    Without a cache, a gap begins a sequence, too: transformers' find_packed_sequence_indices
+    (parity: tests/parity/test_packed_rows.py). With one, transformers attends across all of them;
+    here a position that does not go up still begins one, and a gap is the caller's spacing.
+    """
     given = call.attention_mask, call.past_key_values
     if call.position_ids is None or any(each is not None for each in given):
         return tuple(mask.sum(1).tolist())
     begins = torch.ones_like(mask)
-    begins[:, 1:] = positions.diff(dim=1) != 1
+    ahead = positions.diff(dim=1)
+    begins[:, 1:] = ahead != 1 if gaps else ahead < 1
     starts = begins.flatten().nonzero()[:, 0]
     return tuple(starts.diff(append=starts.new_tensor([mask.numel()])).tolist())
 

@@ -23,11 +23,12 @@ from vidlm.hf.forward import (
     read_keywords,
 )
 from vidlm.hf.generation import GenerateCall, generation_keywords, given_config, read_call
+from vidlm.hf.layouts import LayoutReader
 from vidlm.hf.loading import load_model, read_load_options, saved_scheme
 from vidlm.hf.pack import mask_of, share
 from vidlm.hf.placement import Placement
 from vidlm.hub import read_config, read_json
-from vidlm.models.base import Family, Media, Prompt, VideoModel
+from vidlm.models.base import Media, Prompt
 from vidlm.nn.packed import PackedLinear
 from vidlm.quant import scheme_of
 from vidlm.text import Tokenizer
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 GENERATION_FILE = "generation_config.json"
 
 
-class PretrainedModel(VideoModel):
+class PretrainedModel(LayoutReader):
     """What the models of all families share under transformers' names.
 
     `media_inputs` are the names under which `forward` and `generate` take media; `media` reads
@@ -45,7 +46,6 @@ class PretrainedModel(VideoModel):
     has random weights.
     """
 
-    family: ClassVar[Family]
     media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     keywords: ClassVar[type] = AnswerKeywords
     returns_prompt: ClassVar[bool] = True  # whether `generate` repeats the prompt's ids
@@ -62,38 +62,6 @@ class PretrainedModel(VideoModel):
         """Rows (B, L) and their mask with placeholders as often as the media fill them; here they
         have to be so already."""
         return ids, mask
-
-    @classmethod
-    def renames(cls) -> Renames:
-        return cls.family.renames
-
-    @property
-    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """Where PEFT looks up how older releases of transformers named modules."""
-        return dict(self.renames().table)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """False: PEFT then leaves the embedding without the hook that checkpointing would need."""
-        return False
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Read the names of every layout that checkpoints have had, too."""
-        renames, renamed = self.renames(), set()
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = renames.name(key.removeprefix(prefix))
-            if name is not None and f"{prefix}{name}" not in state_dict:
-                state_dict[f"{prefix}{name}"] = state_dict.pop(key)
-                renamed.add(name)
-        if hasattr(self, "peft_config") and not renamed <= dict(self.named_parameters()).keys():
-            raise InvalidArgument(
-                "this adapter has names of an older release of transformers, and PEFT's "
-                "load_adapter would drop its tensors; add the keyword key_mapping="
-                "model.get_base_model()._checkpoint_conversion_mapping to the call"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def adapted(cls, config: Any, folder: Path, options: Mapping[str, Any]) -> Any:
@@ -142,6 +110,11 @@ class PretrainedModel(VideoModel):
             raise UnsupportedModel(
                 "a model that bitsandbytes quantized cannot be written; load it with "
                 "QuantoConfig, or with device_map='cpu', and save that"
+            )
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise InvalidArgument(
+                "this model has an adapter on it: save the adapter alone with PeftModel's "
+                "save_pretrained, or the model that merge_and_unload() returns"
             )
         save(self, Path(folder), self.renames(), beside=self._texts())
 
