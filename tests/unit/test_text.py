@@ -304,7 +304,7 @@ def test_arrays(small: Tokenizer, kind: str, array: Any) -> None:
     ("options", "message"),
     [
         ({"padding": "max_length"}, "needs max_length"),
-            ({"padding": "most"}, "allowed are False, True, 'longest'"),
+        ({"padding": "most"}, "allowed are False, True, 'longest'"),
         ({"padding_side": "up"}, "allowed are None, 'left', 'right'"),
         ({"return_tensors": "tf"}, "allowed are None, 'np', 'pt'"),
     ],

@@ -12,8 +12,7 @@ from vidlm.errors import InvalidArgument
 from vidlm.hf.conversation import Conversation, Reading, count_videos, read_conversation
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.frame_options import FrameOptions
-from vidlm.hf.image_input import as_images
-from vidlm.hf.image_processing import read_frame
+from vidlm.hf.image_input import as_images, read_frame
 from vidlm.hf.kwargs import CallOptions
 from vidlm.hf.parts import ProcessorParts
 from vidlm.hf.templating import ChatOptions

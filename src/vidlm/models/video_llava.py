@@ -33,6 +33,7 @@ from vidlm.models.tower import (
 )
 from vidlm.nn.decoder import CausalLM
 from vidlm.nn.upload import upload
+from vidlm.vision.preprocess import PillowPreprocess
 from vidlm.vision.vit import VisionTower
 
 TRAINED_FRAMES = 8
@@ -84,6 +85,7 @@ class VideoLlavaProcessor(TowerProcessor):
 
     config_class = VideoLlavaConfig
     processor_class = "VideoLlavaProcessor"
+    image_class = PillowPreprocess  # transformers has no other; videos are resized by torch
     takes_videos = True
 
     def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
