@@ -80,7 +80,9 @@ class VideoHandle:
     @classmethod
     def load(cls, lm: LM, path: Path, frames: FrameOptions) -> VideoHandle:
         """What `save` wrote. Raises InvalidArgument, naming what differs, where it was written by
-        another model, dtype or version or with other frames than are asked for."""
+        another model, dtype or version or with other frames than are asked for; MediaFetchError
+        where the file may not be read."""
+        path = lm.processor.reader.path(path)
         index, media, layers = read_index(path, lm.identity, lm.model, plain(frames))
         here = tuple(_on_device(item, lm) for item in media)
         prompt = Prompt(index.prompt, here)

@@ -23,6 +23,7 @@ from vidlm.hf import (
     ForConditionalGeneration,
     ProcessorMixin,
 )
+from vidlm.media import MediaReader
 from vidlm.quant import preset, scheme_of
 from vidlm.weights import fingerprint
 
@@ -37,6 +38,7 @@ def load(
     local_files_only: bool = False,
     engine: EngineOptions | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
+    media: MediaReader | None = None,
 ) -> LM:
     """Load a model and its processor from a folder, a hub repository, or "demo".
 
@@ -47,11 +49,12 @@ def load(
     engine  how much it may remember, and whether answers must be exact; see EngineOptions
     max_memory  what weights may take of each device, with device="auto", "balanced",
             "balanced_low_0" or "sequential": {0: "20GiB", "cpu": "60GiB"}
+    media   which files and URLs sources may name, and the limits of reading them; see MediaReader
     Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; InvalidArgument for a
     value that is not allowed, and where weights have no room in max_memory.
     """
     where = {"revision": revision, "local_files_only": local_files_only}
-    processor = AutoProcessor.from_pretrained(name, **where)
+    processor = AutoProcessor.from_pretrained(name, media=media, **where)
     model = AutoModelForImageTextToText.from_pretrained(
         name,
         dtype=dtype,

@@ -15,28 +15,29 @@ TEXT, IMAGES, VIDEOS = "text_kwargs", "images_kwargs", "videos_kwargs"
 GROUPS = (TEXT, IMAGES, VIDEOS)
 TEXT_WORDS = tuple(each.name for each in fields(TextOptions))
 FRAME_WORDS = (*VIDEO_OPTIONS, "do_sample_frames", "video_metadata", "return_metadata")
-# Keywords that transformers' processors take and these do not. Values that ask for nothing pass.
+# Keywords that transformers' processors take and these do not, and the values, beside None, that
+# ask for nothing.
 ABSENT: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "audio_kwargs": ({},),
     "image_seq_length": (),
-    "is_split_into_words": (),
-    "load_audio_from_video": (),
+    "is_split_into_words": (False,),
+    "load_audio_from_video": (False,),
     "return_attention_mask": (True,),
-    "return_legacy_image_output": (),
-    "return_length": (),
-    "return_mm_token_type_ids": (),
-    "return_offsets_mapping": (),
-    "return_overflowing_tokens": (),
-    "return_special_tokens_mask": (),
-    "return_text_replacement_offsets": (),
-    "return_token_type_ids": (),
-    "sanitize_control_tokens": (),
+    "return_legacy_image_output": (True, False),
+    "return_length": (False,),
+    "return_mm_token_type_ids": (False,),
+    "return_offsets_mapping": (False,),
+    "return_overflowing_tokens": (False,),
+    "return_special_tokens_mask": (False,),
+    "return_text_replacement_offsets": (False,),
+    "return_token_type_ids": (False,),
+    "sanitize_control_tokens": (False,),
     "stride": (0,),
     "text_pair": (),
     "text_pair_target": (),
     "text_target": (),
-    "verbose": (True,),
+    "verbose": (True, False),
 }
 
 
@@ -142,7 +143,7 @@ def _present(
             kept[name] = value
         elif name not in ABSENT:
             raise unknown_keyword(where, name, suggested)
-        elif value is not None and value is not False and not _asks_nothing(name, value):
+        elif value is not None and not _asks_nothing(name, value):
             raise InvalidArgument(f"{name}={value!r}: {where} does not do that; leave it out")
     return kept
 

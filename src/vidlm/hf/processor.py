@@ -12,8 +12,7 @@ from vidlm.errors import InvalidArgument
 from vidlm.hf.conversation import Conversation, Reading, count_videos, read_conversation
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.frame_options import FrameOptions
-from vidlm.hf.image_input import as_images
-from vidlm.hf.image_processing import read_frame
+from vidlm.hf.image_input import as_images, read_frame
 from vidlm.hf.kwargs import CallOptions
 from vidlm.hf.parts import ProcessorParts
 from vidlm.hf.templating import ChatOptions
@@ -67,7 +66,7 @@ class ProcessorMixin(ProcessorParts):
         truncation would cut them.
         """
         options = self._options({"add_special_tokens": add_special_tokens, **kwargs})
-        texts = _texts(text, images)
+        texts = _texts(text, images, self.image_token)
         if videos is not None and self.video_token is None:
             raise InvalidArgument(
                 f"{type(self).__name__} takes a video as its frames: pass them as images, with one "
@@ -288,25 +287,25 @@ class ProcessorMixin(ProcessorParts):
         return bos is not None and text.startswith(bos)
 
 
-def _texts(text: Any, images: Any) -> list[str]:
-    """The texts of a call; what is none may stand in the place of the images."""
+def _texts(text: Any, images: Any, token: str) -> list[str]:
+    """The texts of a call, whose first argument, images, may have been given a text."""
+    first = images[0] if isinstance(images, list | tuple) and images else images
+    swapped = isinstance(first, str) and (text is None or token in first)
+    hint = "; images come first, processor(images, text)"
     if text is None:
         raise InvalidArgument(
             "the processor needs text; for pixels alone use image_processor or video_processor"
-            + ("; its first argument is images: name them, text=..." if _is_text(images) else "")
+            + (hint if swapped else "")
         )
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not all(isinstance(each, str) for each in texts):
         raise InvalidArgument(
             f"text is a {type(text).__name__}; give a text or a list of texts"
-            + (": images come first, processor(images, text)" if _is_text(images) else "")
+            + (hint if isinstance(first, str) else "")
         )
+    if swapped:
+        raise InvalidArgument(f"the images are a text with {token}{hint}")
     return list(texts)
-
-
-def _is_text(value: Any) -> bool:
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return isinstance(first, str)
 
 
 def _placed(value: Any, tensors: str | None, device: Any) -> Any:

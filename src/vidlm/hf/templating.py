@@ -62,7 +62,7 @@ class ChatOptions:
             call["return_tensors"] = tensors
         if masks and template is not None and not marks_generation(template):
             log.warning(
-                "return_assistant_tokens_mask: the chat template has no {%% generation %%}, so no "
+                "return_assistant_tokens_mask: the chat template has no {% generation %}, so no "
                 "token counts as the assistant's"
             )
         entry = "content" if final is True else final
@@ -76,13 +76,8 @@ class ChatOptions:
     def check(self, tokenize: bool, return_dict: bool) -> None:
         """Raise InvalidArgument on keywords that would have no effect on what is returned."""
         if not tokenize:
-            asked = {
-                **self.call,
-                "return_dict": return_dict,
-                "return_assistant_tokens_mask": self.masks,
-            }
-            idle = (None, False, "do_not_pad", "do_not_truncate")
-            given = [k for k, v in asked.items() if k not in FRAME_WORDS and not _is_any(v, idle)]
+            asked = {"return_dict": return_dict, "return_assistant_tokens_mask": self.masks}
+            given = [name for name, value in {**self.call, **asked}.items() if _acts(name, value)]
             if given:
                 raise InvalidArgument(f"{', '.join(given)} need tokenize=True")
         elif self.masks and not return_dict:
@@ -120,8 +115,13 @@ class ChatOptions:
         return text[:at] if whole else text[:at].rstrip()
 
 
-def _is_any(value: Any, idle: Sequence[Any]) -> bool:
-    return any(value is each or (isinstance(value, str) and value == each) for each in idle)
+def _acts(name: str, value: Any) -> bool:
+    """Whether a keyword asks for something that a text alone does not have."""
+    if name in FRAME_WORDS or value is None or value == {}:
+        return False
+    if name.startswith("do_"):  # a switch, which asks for something when it is off
+        return True
+    return value is not False and value not in ("do_not_pad", "do_not_truncate")
 
 
 def _data(rest: dict[str, Any], read: frozenset[str]) -> dict[str, Any]:

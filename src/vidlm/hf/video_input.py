@@ -13,9 +13,9 @@ from PIL import Image
 
 from vidlm.errors import InvalidArgument
 from vidlm.hf.frame_options import FrameOptions
-from vidlm.hf.video_processing import VideoMetadata, read_metadata
+from vidlm.hf.video_processing import VideoMetadata, names_frame, read_metadata
 from vidlm.hf.words import FIRST, LAST
-from vidlm.media import MediaReader, Video, is_image
+from vidlm.media import MediaReader, Video
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ def _flat(videos: Any, layout: str | None) -> Iterator[Any]:
             yield _frames(videos, layout)
         else:
             for video in videos:
+                if video is None:
+                    raise InvalidArgument("None is no video; leave it out")
                 yield from _flat(video, layout)
     else:
         yield videos
@@ -154,7 +156,7 @@ def _frames(items: Any, layout: str | None) -> list[Any]:
 
 def _is_frame(item: Any) -> bool:
     if isinstance(item, str | Path):
-        return is_image(item)
+        return names_frame(item)
     arrays = isinstance(item, np.ndarray | torch.Tensor)
     return isinstance(item, Image.Image) or (arrays and item.ndim == 3)
 

@@ -19,15 +19,8 @@ from torch import Tensor
 
 from vidlm.errors import InvalidArgument
 from vidlm.hf.features import BatchFeature
-from vidlm.hf.image_processing import (
-    CLIP_WORDS,
-    PATCH_WORDS,
-    PatchProcessor,
-    joined,
-    laid_out,
-    read_frame,
-    warn_of_scaled,
-)
+from vidlm.hf.image_input import read_frame, warn_of_scaled
+from vidlm.hf.image_processing import CLIP_WORDS, PATCH_WORDS, PatchProcessor, joined, laid_out
 from vidlm.hf.words import IGNORED, NONE, PixelProcessor, as_one
 from vidlm.media import Video, is_image
 from vidlm.media.sample import clamped, uniform_arange
@@ -309,8 +302,13 @@ def _is_frame(item: Any, grey: bool) -> bool:
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim == 2 or (item.ndim == 3 and not grey)
     if isinstance(item, str | Path):
-        return is_image(item)
+        return names_frame(item)
     return isinstance(item, Image.Image)
+
+
+def names_frame(source: str | Path) -> bool:
+    """Whether a name among others is that of a frame, not of a video or a pattern of frames."""
+    return is_image(source) and "*" not in str(source)
 
 
 def read_metadata(metadata: Any, count: int) -> list[VideoMetadata | None]:

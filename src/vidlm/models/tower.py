@@ -244,7 +244,7 @@ class TowerProcessor:
         files = {IMAGES_FILE: images, PROCESSOR_FILE: words}
         if self.takes_videos:
             words["video_token"] = self.video_token
-            if self.image_class is Preprocess:  # others say whose they are
+            if issubclass(self.image_class, Preprocess):  # others say whose they are
                 images["image_processor_type"] = f"{family}ImageProcessor"
             videos = self.video_pixels.to_dict()
             del videos["image_processor_type"]

@@ -32,6 +32,7 @@ from vidlm.models.tower import (
     in_chunks,
 )
 from vidlm.nn.upload import upload
+from vidlm.vision.preprocess import PillowPreprocess
 from vidlm.vision.vit import VisionTransformer
 
 TRAINED_FRAMES = 8
@@ -83,6 +84,7 @@ class VideoLlavaProcessor(TowerProcessor):
 
     config_class = VideoLlavaConfig
     processor_class = "VideoLlavaProcessor"
+    image_class = PillowPreprocess  # transformers has no other; videos are resized by torch
     takes_videos = True
 
     def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
