@@ -76,7 +76,7 @@ class Chat:
             [*self._turns.media, *(item for one in read for item in one.media)],
         )
         with timings.stage("preprocess"):
-            prompt = self.lm.processor.prompt(self.lm.processor.render(turn.messages), turn.media)
+            prompt = self.lm.processor.chat_prompt(turn.messages, turn.media)
         params = sampling_params(self.lm.model, how, len(prompt.ids))
         finished: list[Answer] = []
         pieces = self._run(Request(prompt, params), timings, finished, turn)

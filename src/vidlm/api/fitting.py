@@ -38,7 +38,7 @@ def fitted(
         return frames
     if any(map(is_still, videos)):
         raise InvalidArgument("fit=True is for videos, and an image was given; use frames instead")
-    text = len(lm.processor.prompt(lm.processor.render(messages), ()).ids)
+    text = len(lm.processor.chat_prompt(messages, ()).ids)
     known = sum(item.tokens for handle in handles for item in handle.media)
     prompt = text + known + NAMED * len(sources)
     config = lm.model.config if len(videos) == 1 else Several(lm.model.config, len(videos))

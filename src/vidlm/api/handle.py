@@ -101,8 +101,7 @@ class VideoHandle:
         """What the engine is asked by `ask`: for a `Request` to an engine of your own."""
         parts = [*self.parts, {"type": "text", "text": question}]
         messages = [*system_message(system), {"role": "user", "content": parts}]
-        processor = self.lm.processor
-        return processor.prompt(processor.render(messages), self.media)
+        return self.lm.processor.chat_prompt(messages, self.media)
 
     def save(self, path: str | Path, *, kv: bool = True, system: str | None = None) -> None:
         """Write the features and, with `kv`, the keys and values of the prompt up to the question

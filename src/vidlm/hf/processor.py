@@ -28,6 +28,7 @@ from vidlm.hf.words import ACCEPTED, LOCATION
 from vidlm.models.base import Family, Media, Prompt
 from vidlm.models.tower import FrameTokens
 from vidlm.text import Tokenizer, expand, render_chat
+from vidlm.text.typed import Marks, encode, mark
 
 PADDING = ("padding", "padding_side", "return_tensors")
 TOWER_WORDS: Mapping[str, Any] = {
@@ -198,7 +199,11 @@ class ProcessorMixin:
         return core
 
     def _expanded(
-        self, texts: Sequence[str], media: Sequence[Media], add_special_tokens: bool
+        self,
+        texts: Sequence[str],
+        media: Sequence[Media],
+        add_special_tokens: bool,
+        marks: Marks | None = None,
     ) -> list[list[int]]:
         """Ids of each text, with every placeholder as often as its media fills it."""
         tokens = {"image": self.image_token}
@@ -224,7 +229,7 @@ class ProcessorMixin:
                 counts[match[0]] += fills
                 return inner
 
-            row = self.encode(pattern.sub(place, text), add_special_tokens)
+            row = self.encode(pattern.sub(place, text), add_special_tokens, marks or {})
             for token, fills in counts.items():
                 row = expand(row, self.placeholder(token), fills)
             rows.append(row)
@@ -311,6 +316,17 @@ class ProcessorMixin:
         (ids,) = self._expanded([text], media, add_special_tokens=not self._has_bos(text))
         return Prompt(tuple(ids), tuple(media))
 
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], media: Sequence[Media]) -> Prompt:
+        """Messages that users typed, which only name their media, as the engine takes them.
+
+        Control tokens and placeholders in their texts are text: only the template's own act.
+        """
+        placeholders = filter(None, (self.image_token, self.video_token))
+        marked, marks = mark(messages, self.tokenizer, placeholders, self.chat_template)
+        text = self.render(marked)
+        (ids,) = self._expanded([text], media, not self._has_bos(text), marks)
+        return Prompt(tuple(ids), tuple(media))
+
     def decode(self, ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens, **kwargs)
 
@@ -327,9 +343,9 @@ class ProcessorMixin:
         rows = [generated_outputs] if one_row else generated_outputs
         return self.batch_decode(rows, skip_special_tokens, **kwargs)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a text, each placeholder in it once."""
-        return self.tokenizer.encode(text, add_special_tokens)
+    def encode(self, text: str, add_special_tokens: bool, marks: Marks) -> list[int]:
+        """Ids of a text, each placeholder in it once; what is marked in it is plain text."""
+        return encode(text, marks, self.tokenizer, add_special_tokens)
 
     def placeholder(self, token: str) -> int:
         """The id of an image's or a video's token."""

@@ -21,6 +21,7 @@ from vidlm.hf.processor import ProcessorMixin
 from vidlm.hub import read_safetensors_header, weight_files
 from vidlm.models.base import Kind, Media
 from vidlm.models.slowfast import FAMILY, SlowFastConfig, SlowFastNetwork
+from vidlm.text.typed import Marks
 from vidlm.vision.preprocess import Preprocess
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,7 +62,7 @@ class SlowFastProcessor(ProcessorMixin):
         batch = {n: [m.pixels for m in media if m.kind == kind] for n, kind in NAMES.items()}
         return {name: pixels for name, pixels in batch.items() if pixels}
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, marks: Marks) -> list[int]:
         """Ids of a text, each piece between placeholders by itself."""
         ids: list[int] = []
         words = (self.core.image_token, self.core.video_token)
@@ -69,7 +70,7 @@ class SlowFastProcessor(ProcessorMixin):
             if piece in words:
                 ids.append(self.placeholder(piece))
             elif piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens and not ids)
+                ids += super().encode(piece, add_special_tokens and not ids, marks)
         return ids
 
     def placeholder(self, token: str) -> int:

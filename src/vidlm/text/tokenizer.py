@@ -207,7 +207,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; `add_special_tokens` lets tokenizer.json add BOS and the like."""
+        self.check(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @staticmethod
+    def check(text: str) -> None:
+        """Raise InvalidArgument unless this is text that can be encoded."""
+        if not isinstance(text, str):
+            raise InvalidArgument(
+                f"a text is needed, got {type(text).__name__}; pass a str, or the tokenizer itself "
+                "a list of them"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"the text has half a character ({text[error.start]!r}, a lone surrogate) at "
+                f"{error.start}: it was decoded wrongly; read it as UTF-8, or remove it with "
+                "text.encode(errors='replace').decode()"
+            ) from None
 
     def decode(
         self,
