@@ -12,7 +12,8 @@ VidlmError
 │   ├── HubUnreachable     (ConnectionError)     not in the cache, and the hub does not answer
 │   ├── UnsupportedModel                         an architecture, format or option not supported
 │   └── WeightsError                             tensors missing, left over or misshapen
-└── EngineClosed           (RuntimeError)        asked of an engine that was closed
+├── EngineClosed           (RuntimeError)        asked of an engine that was closed
+└── StreamClosed           (RuntimeError)        the answer of a stream that was closed
 
 In brackets the builtin exception that an error is too.
 
@@ -75,6 +76,10 @@ class WeightsError(ModelError):
 
 class EngineClosed(VidlmError, RuntimeError):
     """A request to an engine that was closed, or that it had not finished then."""
+
+
+class StreamClosed(VidlmError, RuntimeError):
+    """The answer of a stream that was closed before it was complete."""
 
 
 def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from vidlm.api.fitting import fitted
 from vidlm.api.handle import VideoHandle, system_message
 from vidlm.api.index_file import is_index
 from vidlm.api.keywords import read_options, sampling_params
+from vidlm.api.turns import Turn, Turns
 from vidlm.engine import Request, Timings, Token
 from vidlm.errors import InvalidArgument
 from vidlm.hf import FrameOptions
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A conversation so far: messages that name their media, and these in order."""
+class _Conversation:
+    """What was said so far: messages that name their media, and these in order."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     media: list[Media] = field(default_factory=list)
 
 
 class Chat:
-    """Several turns about the same media."""
+    """Several turns about the same media.
+
+    A turn joins the conversation when its answer is complete: after an error, or where a stream is
+    closed or dropped before its end, it is as if the question had not been asked. Turns come one
+    at a time. A question from another thread waits for the one under way; a thread that has an
+    unfinished stream of its own must finish or close it first.
+    """
 
     def __init__(
         self,
@@ -46,7 +53,8 @@ class Chat:
         self.lm = lm
         self._frames, self._sampling = read_options(options)
         self._fit = fit
-        self._turns = _Turn(system_message(system))
+        self._turns = Turns()
+        self._said = _Conversation(system_message(system))
         self._sources = _sources(media)
         self.frames: tuple[FrameRef, ...] = ()
         self._warnings: tuple[str, ...] = ()
@@ -54,33 +62,40 @@ class Chat:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What was said so far; media parts hold nothing but their type."""
-        return self._turns.messages
+        return self._said.messages
 
     def ask(self, question: str, **sampling: Any) -> Answer:
         """The answer to the next turn."""
         return self.stream(question, **sampling).answer
 
     def stream(self, question: str, **sampling: Any) -> AnswerStream:
-        """The next turn, piece by piece. The turn joins the conversation when it is finished."""
+        """The next turn, piece by piece."""
         if not isinstance(question, str) or not question.strip():
             raise InvalidArgument(f"question={question!r}; ask something, as text")
         frames, changed = read_options(sampling)
         if frames != FrameOptions():
             raise InvalidArgument("frames are chosen once for a chat; pass them to lm.chat()")
-        timings, how = Timings(), {**self._sampling, **changed}
-        read = self._read(question, how, timings)
+        turn = self._turns.begin()
+        try:
+            return self._stream(question, {**self._sampling, **changed}, turn)
+        except BaseException:
+            turn.end()
+            raise
+
+    def _stream(self, question: str, sampling: dict[str, Any], turn: Turn) -> AnswerStream:
+        timings = Timings()
+        read = self._read(question, sampling, timings)
         parts = [part for one in read for part in one.parts]
         user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-        turn = _Turn(
-            [*self._turns.messages, user],
-            [*self._turns.media, *(item for one in read for item in one.media)],
+        asked = _Conversation(
+            [*self._said.messages, user],
+            [*self._said.media, *(item for one in read for item in one.media)],
         )
         with timings.stage("preprocess"):
-            prompt = self.lm.processor.chat_prompt(turn.messages, turn.media)
-        params = sampling_params(self.lm.model, how, len(prompt.ids))
-        finished: list[Answer] = []
-        pieces = self._run(Request(prompt, params), timings, finished, turn)
-        return AnswerStream(self.frames, len(prompt.ids), timings, pieces, finished)
+            prompt = self.lm.processor.chat_prompt(asked.messages, asked.media)
+        params = sampling_params(self.lm.model, sampling, len(prompt.ids))
+        pieces = self._run(Request(prompt, params), timings, asked)
+        return AnswerStream(self.frames, len(prompt.ids), timings, pieces, turn)
 
     def _read(self, question: str, sampling: dict[str, Any], timings: Timings) -> list[VideoHandle]:
         """The media of the first turn; none later."""
@@ -89,7 +104,7 @@ class Chat:
         sources = [self._loaded(source) for source in self._sources]
         frames = self._frames
         if self._fit:
-            messages = [*self._turns.messages, {"role": "user", "content": question}]
+            messages = [*self._said.messages, {"role": "user", "content": question}]
             frames = fitted(self.lm, sources, frames, messages, sampling)
         read = [
             source.checked(self.lm, self._frames)
@@ -110,8 +125,8 @@ class Chat:
         return source
 
     def _run(
-        self, request: Request, timings: Timings, finished: list[Answer], turn: _Turn
-    ) -> Iterator[str]:
+        self, request: Request, timings: Timings, asked: _Conversation
+    ) -> Generator[str, None, Answer]:
         tokenizer, prompt = self.lm.processor.tokenizer, request.prompt
         text = _Text(tokenizer, request.params)
         tokens: list[Token] = []
@@ -125,17 +140,16 @@ class Chat:
             yield rest
         media_tokens = sum(item.tokens for item in prompt.media)
         answered = {"role": "assistant", "content": [{"type": "text", "text": text.said}]}
-        self._turns, self._sources = replace(turn, messages=[*turn.messages, answered]), []
-        finished.append(
-            Answer(
-                text.said.strip(),
-                self.frames,
-                Usage(len(prompt.ids), media_tokens, len(tokens)),
-                timings,
-                FinishReason.STOP if text.stopped else tokens[-1].finish or FinishReason.LENGTH,
-                self._warnings,
-                tuple(_logprob(tokenizer, token) for token in tokens if token.logprob is not None),
-            )
+        self._said = replace(asked, messages=[*asked.messages, answered])
+        self._sources = []
+        return Answer(
+            text.said.strip(),
+            self.frames,
+            Usage(len(prompt.ids), media_tokens, len(tokens)),
+            timings,
+            FinishReason.STOP if text.stopped else tokens[-1].finish or FinishReason.LENGTH,
+            self._warnings,
+            tuple(_logprob(tokenizer, token) for token in tokens if token.logprob is not None),
         )
 
 
