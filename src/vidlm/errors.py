@@ -3,6 +3,7 @@
 VidlmError
 ├── InvalidArgument        (ValueError)          a value or combination that is not allowed
 │   └── ContextOverflow                          more tokens than the model takes
+├── UnknownKeyword         (TypeError)           a keyword that a function does not take
 ├── MediaError             (ValueError)          a video or image could not be read
 │   ├── MediaNotFound      (FileNotFoundError)   there is no such file
 │   ├── MediaFetchError                          a URL could not be fetched, or may not be
@@ -36,6 +37,10 @@ class InvalidArgument(VidlmError, ValueError):
 
 class ContextOverflow(InvalidArgument):
     """Prompt and media need more tokens than the model takes."""
+
+
+class UnknownKeyword(VidlmError, TypeError):
+    """A keyword that a function does not take."""
 
 
 class MediaError(VidlmError, ValueError):
@@ -82,9 +87,9 @@ class StreamClosed(VidlmError, RuntimeError):
     """The answer of a stream that was closed before it was complete."""
 
 
-def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
+def unknown_keyword(where: str, name: str, known: Iterable[str]) -> UnknownKeyword:
     """The error for a keyword `where` does not take, naming the nearest one it does."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    return TypeError(f"{where} got an unexpected keyword argument {name!r}; {hint}")
+    return UnknownKeyword(f"{where} got an unexpected keyword argument {name!r}; {hint}")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vidlm.errors import InvalidArgument
 
@@ -12,7 +17,7 @@ MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 
 
-class FinishReason(Enum):
+class FinishReason(StrEnum):
     """Why an answer ended."""
 
     STOP = "stop"  # an end-of-sequence token or a stop string
@@ -30,7 +35,7 @@ class SamplingParams:
     draws with a seed one higher. `logprobs` asks for the log-probability of each token, and of so
     many of the likeliest beside it.
 
-    Raises InvalidArgument on a value out of range.
+    Raises InvalidArgument on a value of another type or out of range.
     """
 
     max_new_tokens: int = 256
@@ -50,14 +55,15 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in type_hints(SamplingParams).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._check(
             "min_new_tokens",
             0 <= self.min_new_tokens <= self.max_new_tokens,
             f"from 0 to max_new_tokens ({self.max_new_tokens})",
         )
-        finite = math.isfinite(self.temperature)
-        self._check("temperature", finite and self.temperature >= 0, "0 (greedy) or more")
+        self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
         self._check("top_k", self.top_k >= 0, "0 (off) or more")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
         self._check("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1")
@@ -70,7 +76,6 @@ class SamplingParams:
             f"None, or from 0 to {MAX_LOGPROBS} likeliest tokens beside the chosen one",
         )
         self._check("stop", all(self.stop), "non-empty strings")
-        self._check("length_penalty", math.isfinite(self.length_penalty), "a finite number")
         in_range = self.seed is None or 0 <= self.seed < 2**63
         self._check("seed", in_range, "None, or from 0 to 2**63 - 1")
         if self.num_beams > 1 and self.temperature > 0:
@@ -110,3 +115,44 @@ class Usage:
     prompt_tokens: int
     media_tokens: int
     completion_tokens: int
+
+
+KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+MANY = {int: "whole numbers", float: "numbers", str: "texts", float | str: "numbers or texts"}
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, which is a type like those of SamplingParams' fields: numbers of other
+    libraries become Python's. Raises InvalidArgument, naming what is allowed."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for each in kinds:
+        try:
+            return _converted(value, each)
+        except (TypeError, ValueError):
+            continue
+    allowed = " or ".join(KINDS.get(each) or _plural(each) for each in kinds)
+    raise InvalidArgument(f"{name}={value!r}; allowed: {allowed}")
+
+
+@lru_cache
+def type_hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _plural(kind: Any) -> str:
+    return "None" if kind is NoneType else f"a list of {MANY[get_args(kind)[0]]}"
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if kind in (NoneType, bool, str):
+        if isinstance(value, kind):
+            return value
+    elif kind is int:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    elif kind is float:
+        if not isinstance(value, bool | str | bytes) and math.isfinite(value):
+            return value if isinstance(value, int | float) else float(value)
+    elif isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping):
+        return tuple(_converted(each, get_args(kind)[0]) for each in value)
+    raise TypeError

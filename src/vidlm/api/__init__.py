@@ -6,14 +6,18 @@ from vidlm.api.answer import Answer, AnswerStream, Logprob
 from vidlm.api.chat import Chat
 from vidlm.api.handle import VideoHandle
 from vidlm.api.index_file import is_index
+from vidlm.api.keywords import AskKeywords, FrameKeywords, SamplingKeywords
 from vidlm.api.lm import LM, load
 
 __all__ = [
     "LM",
     "Answer",
     "AnswerStream",
+    "AskKeywords",
     "Chat",
+    "FrameKeywords",
     "Logprob",
+    "SamplingKeywords",
     "VideoHandle",
     "is_index",
     "load",

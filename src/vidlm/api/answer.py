@@ -44,6 +44,11 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        tokens = self.usage.completion_tokens
+        seen = f"{len(self.frames)} frames, {tokens} tokens, {self.finish.value}"
+        return f"<Answer {self.text!r:.80}, {seen}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; logprobs where there are any."""
         values: dict[str, Any] = {

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from vidlm.api.answer import Answer, AnswerStream, Logprob
 from vidlm.api.fitting import fitted
 from vidlm.api.handle import VideoHandle, system_message
 from vidlm.api.index_file import is_index
-from vidlm.api.keywords import read_options, sampling_params
+from vidlm.api.keywords import (
+    AskKeywords,
+    SamplingKeywords,
+    read_options,
+    read_sampling,
+    sampling_params,
+    spelled,
+)
+from vidlm.api.sources import NOTHING, Sources, check_question, listed
 from vidlm.api.turns import Turn, Turns
 from vidlm.engine import Request, Timings, Token
-from vidlm.errors import InvalidArgument
-from vidlm.hf import FrameOptions
 from vidlm.models.base import Media
 from vidlm.text import Detokenizer, StopStrings, Tokenizer
 from vidlm.types import FinishReason, FrameRef, SamplingParams, Usage
@@ -41,43 +47,38 @@ class Chat:
     unfinished stream of its own must finish or close it first.
     """
 
-    def __init__(
-        self,
-        lm: LM,
-        media: Any = None,
-        *,
-        system: str | None = None,
-        fit: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, lm: LM, media: Sources = NOTHING, **options: Unpack[AskKeywords]) -> None:
         self.lm = lm
-        self._frames, self._sampling = read_options(options)
-        self._fit = fit
+        self._options = options
+        self._frames, self._sampling = read_options(options, "ask()")
+        self._fit = options.get("fit", False)
         self._turns = Turns()
-        self._said = _Conversation(system_message(system))
-        self._sources = _sources(media)
+        self._said = _Conversation(system_message(options.get("system")))
+        self._sources = listed(media)
         self.frames: tuple[FrameRef, ...] = ()
         self._warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        turns = sum(message["role"] == "user" for message in self.messages)
+        return f"<Chat of {turns} turns, {len(self.frames)} frames>"
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What was said so far; media parts hold nothing but their type."""
         return self._said.messages
 
-    def ask(self, question: str, **sampling: Any) -> Answer:
+    def ask(self, question: str, **sampling: Unpack[SamplingKeywords]) -> Answer:
         """The answer to the next turn."""
         return self.stream(question, **sampling).answer
 
-    def stream(self, question: str, **sampling: Any) -> AnswerStream:
+    def stream(self, question: str, **sampling: Unpack[SamplingKeywords]) -> AnswerStream:
         """The next turn, piece by piece."""
-        if not isinstance(question, str) or not question.strip():
-            raise InvalidArgument(f"question={question!r}; ask something, as text")
-        frames, changed = read_options(sampling)
-        if frames != FrameOptions():
-            raise InvalidArgument("frames are chosen once for a chat; pass them to lm.chat()")
+        check_question(question)
+        changed = read_sampling(sampling)
         turn = self._turns.begin()
         try:
-            return self._stream(question, {**self._sampling, **changed}, turn)
+            with spelled({**self._options, **sampling}):
+                return self._stream(question, {**self._sampling, **changed}, turn)
         except BaseException:
             turn.end()
             raise
@@ -180,10 +181,3 @@ def _logprob(tokenizer: Tokenizer, token: Token) -> Logprob:
     assert token.logprob is not None
     top = tuple(Logprob(id, tokenizer.decode([id]), value) for id, value in token.top)
     return Logprob(token.id, tokenizer.decode([token.id]), token.logprob, top)
-
-
-def _sources(media: Any) -> list[Any]:
-    """One source or a list of them."""
-    if media is None:
-        return []
-    return list(media) if isinstance(media, list | tuple) else [media]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from PIL import Image
 
 from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
-from vidlm.api.keywords import plain
+from vidlm.api.keywords import AskKeywords, plain
 from vidlm.engine import Request, Timings
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.store import weights_stamp
@@ -85,15 +85,15 @@ class VideoHandle:
         shown = (index.name, index.frames, index.warnings)
         return cls(lm, *shown, here, index.parts, index.sampling, made_by)
 
-    def ask(self, question: str, **options: Any) -> Answer:
+    def ask(self, question: str, **options: Unpack[AskKeywords]) -> Answer:
         """As `lm.ask`, about this video."""
         return self.lm.ask(self, question, **options)
 
-    def stream(self, question: str, **options: Any) -> AnswerStream:
+    def stream(self, question: str, **options: Unpack[AskKeywords]) -> AnswerStream:
         """As `lm.stream`, about this video."""
         return self.lm.stream(self, question, **options)
 
-    def chat(self, **options: Any) -> Chat:
+    def chat(self, **options: Unpack[AskKeywords]) -> Chat:
         """As `lm.chat`, about this video."""
         return self.lm.chat(self, **options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vidlm.errors import InvalidArgument, unknown_keyword
 from vidlm.text import Tokenizer
-from vidlm.types import SamplingParams
+from vidlm.types import SamplingParams, checked
 
 # Keywords with a meaning, and what each is when neither the caller nor the checkpoint says.
 DEFAULTS: Mapping[str, Any] = {
@@ -33,6 +33,7 @@ DEFAULTS: Mapping[str, Any] = {
 ALIASES = {"stop": "stop_strings"}
 NEW_TOKENS = 256  # when nobody says: long enough for an answer, short of a run-away
 SAMPLED_TOP_K = 50  # transformers' own default once do_sample is on
+STRINGS = tuple[str, ...]
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 # What may stand beside do_sample=False: values that mean no sampling, or sampling unfiltered.
 NEUTRAL = {"temperature": (0, 1), "top_k": (0,), "top_p": (1,), "min_p": (0,)}
@@ -128,7 +129,8 @@ def _samples(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
 
 def _choices(merged: Mapping[str, Any], sample: bool) -> int:
     """Answers to one prompt. Without a draw all of them would be the same."""
-    n, beams = int(_or(merged["num_return_sequences"], 1)), _or(merged["num_beams"], 1)
+    n = checked("num_return_sequences", _or(merged["num_return_sequences"], 1), int)
+    beams = checked("num_beams", _or(merged["num_beams"], 1), int)
     if n > 1 and beams > 1:
         raise InvalidArgument(
             f"num_return_sequences={n} with num_beams={beams}: beams give their best answer alone; "
@@ -145,7 +147,7 @@ def _choices(merged: Mapping[str, Any], sample: bool) -> int:
 
 
 def _filters(merged: Mapping[str, Any]) -> dict[str, Any]:
-    temperature = _or(merged["temperature"], 1.0)
+    temperature = checked("temperature", _or(merged["temperature"], 1.0), float)
     if temperature <= 0:
         raise InvalidArgument(
             f"temperature={temperature} with do_sample=True; allowed: above 0, or do_sample=False"
@@ -169,11 +171,13 @@ def _new_tokens(
     """
     for source in (given, base):
         if "max_new_tokens" in source:
-            return int(source["max_new_tokens"])
+            count: int = checked("max_new_tokens", source["max_new_tokens"], int)
+            return count
         if "max_length" in source:
-            room = int(source["max_length"]) - prompt_length
+            longest: int = checked("max_length", source["max_length"], int)
+            room = longest - prompt_length
             if room < 1 and written is not None:
-                room = int(source["max_length"]) - written
+                room = longest - written
             if room < 1:
                 raise InvalidArgument(
                     f"max_length={source['max_length']} leaves nothing after a prompt of "
@@ -192,7 +196,8 @@ def _ids(eos: Any) -> tuple[int, ...]:
 def _strings(stop: Any) -> tuple[str, ...]:
     if stop is None:
         return ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    strings: tuple[str, ...] = checked("stop", (stop,) if isinstance(stop, str) else stop, STRINGS)
+    return strings
 
 
 def _or(value: Any, default: Any) -> Any:

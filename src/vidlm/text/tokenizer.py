@@ -251,6 +251,11 @@ class Tokenizer:
     ) -> list[str]:
         """The text of each row."""
         options = (skip_special_tokens, clean_up_tokenization_spaces)
+        if isinstance(sequences, str) or not hasattr(sequences, "__iter__"):
+            raise InvalidArgument(
+                f"batch_decode takes rows of token ids, got {type(sequences).__name__}; use decode "
+                "for one row"
+            )
         return [self.decode(row, *options) for row in sequences]
 
     def __call__(
@@ -267,6 +272,8 @@ class Tokenizer:
         Lists; with return_tensors "np" or "pt" arrays (B, T) of int64, also for a single text.
         Raises InvalidArgument for a choice there is not, or rows of unequal length as an array.
         """
+        if not isinstance(text, str | Sequence):
+            self.check(text)
         texts = [text] if isinstance(text, str) else list(text)
         # One by one: encode_batch starts threads, and a process that has them may not fork.
         rows = [self.encode(item, add_special_tokens) for item in texts]
