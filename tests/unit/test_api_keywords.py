@@ -22,7 +22,7 @@ import vidlm
 from clips import clip
 from house import ROOT
 from vidlm.api import AskKeywords, FrameKeywords, SamplingKeywords
-from vidlm.errors import InvalidArgument, UnknownKeyword
+from vidlm.errors import ContextOverflow, InvalidArgument, UnknownKeyword
 from vidlm.types import FinishReason, SamplingParams, checked, type_hints
 
 QUESTION = "what happens?"
@@ -307,3 +307,61 @@ def test_a_type_checker_refuses_the_same(tmp_path: Path) -> None:
     lines = textwrap.dedent(SNIPPET).splitlines()
     marked = [(str(n), line.rpartition("# ")[2]) for n, line in enumerate(lines, 1) if "# " in line]
     assert errors == marked, done.stdout + done.stderr
+
+
+# ---- what is too long ----------------------------------------------------------------------------
+
+
+def overflow(ask: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(ContextOverflow) as raised:
+        ask(*arguments, **options)
+    return str(raised.value)
+
+
+def test_a_question_that_is_too_long(lm: vidlm.LM) -> None:
+    """Of 512 tokens; what is told is enough: a question of the length that is told is answered."""
+    long = "z7 " * 500
+    video = lm.video(VIDEO, frames=2)
+    for ask in (lm.chat().ask, video.ask, lambda text: lm.ask(VIDEO, text, frames=2)):
+        said = overflow(ask, long)
+        assert "use at most" not in said
+        has, left = re.findall(r"shorten the question, which has ([\d,]+) tokens, to (\d+)", said)[
+            0
+        ]
+        each = int(has.replace(",", "")) // 500
+        assert ask("z7 " * (int(left) // each)).usage.completion_tokens >= 1
+        assert overflow(ask, "z7 " * (int(left) // each + 1))
+    assert "shorten the question" in overflow(lm.ask, VIDEO, long, fit=True)
+
+
+def test_a_system_prompt_that_is_too_long(lm: vidlm.LM) -> None:
+    said = overflow(lm.ask, VIDEO, "Why?", frames=2, system="z7 " * 500)
+    assert re.search(r"shorten the system prompt, which has [\d,]+ tokens, to \d+", said)
+    said = overflow(lm.ask, VIDEO, "z7 " * 900, frames=2, system="z7 " * 901)
+    assert re.search(
+        r"the question has .*, the system prompt has .*, 2 frames .* shorten them", said
+    )
+
+
+def test_a_question_and_frames_that_are_too_many(lm: vidlm.LM) -> None:
+    said = overflow(lm.ask, VIDEO, "z7 " * 60, frames=20)
+    assert re.search(r"use at most 1?\d frames or images \(now 20\), or shorten the question", said)
+    most = int(re.findall(r"at most (\d+)", said)[0])
+    assert lm.ask(VIDEO, "z7 " * 60, frames=most, max_tokens=1)
+    assert "shorten" not in overflow(lm.ask, clip(40), "Why?", frames=40)
+
+
+def test_a_chat_that_is_too_long(lm: vidlm.LM) -> None:
+    chat = lm.chat(VIDEO, frames=2, max_tokens=1)
+    chat.ask("z7 " * 100)
+    said = overflow(lambda: [chat.ask("z7 " * 30) for _ in range(9)])
+    assert "shorten the conversation so far" in said
+
+
+def test_prompts_of_an_engine_that_are_too_long(lm: vidlm.LM) -> None:
+    video = lm.video(VIDEO, frames=2)
+    parts = [*video.parts, {"type": "text", "text": "z7 " * 500}]
+    prompt = lm.processor.chat_prompt([{"role": "user", "content": parts}], video.media)
+    request = vidlm.engine.Request(prompt, SamplingParams())
+    said = overflow(lambda: list(lm.engine.stream(request)))
+    assert re.search(r"\d+ of them are text, which leaves no room for a frame or image", said)

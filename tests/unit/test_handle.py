@@ -110,7 +110,7 @@ def test_frames_are_chosen_once(lm: vidlm.LM, path: Path) -> None:
     assert video.ask(QUESTION, indices=[1, 5], max_tokens=1).usage.media_tokens == 32
     with pytest.raises(InvalidArgument, match=r"chosen by \{'indices': \[1, 5\]\}, .*'frames'"):
         video.ask(QUESTION, frames=3)
-    with pytest.raises(InvalidArgument, match=r"chosen by the default, .*'num_frames': 3"):
+    with pytest.raises(InvalidArgument, match=r"chosen by the default, .*'frames': 3"):
         lm.ask([lm.video(path), path], QUESTION, frames=3)
     with pytest.raises(InvalidArgument, match="leave them out, or make another handle"):
         lm.video(video, frames=2)

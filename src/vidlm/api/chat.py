@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from vidlm.api.answer import Answer, AnswerStream, Logprob
-from vidlm.api.fitting import fitted
+from vidlm.api.fitting import check_room, fitted
 from vidlm.api.handle import VideoHandle, system_message
 from vidlm.api.index_file import is_index
 from vidlm.api.keywords import (
@@ -94,6 +94,7 @@ class Chat:
         )
         with timings.stage("preprocess"):
             prompt = self.lm.processor.chat_prompt(asked.messages, asked.media)
+        check_room(self.lm, asked.messages, prompt)
         params = sampling_params(self.lm.model, sampling, len(prompt.ids))
         pieces = self._run(Request(prompt, params), timings, asked)
         return AnswerStream(self.frames, len(prompt.ids), timings, pieces, turn)
