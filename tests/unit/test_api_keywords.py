@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 import vidlm
@@ -365,3 +366,67 @@ def test_prompts_of_an_engine_that_are_too_long(lm: vidlm.LM) -> None:
     request = vidlm.engine.Request(prompt, SamplingParams())
     said = overflow(lambda: list(lm.engine.stream(request)))
     assert re.search(r"\d+ of them are text, which leaves no room for a frame or image", said)
+
+
+# ---- whatever is wrong, it is an error of ours ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"frames": value} for value in ("x", 0, -3, 2.5)),
+        *({"max_frames": value} for value in ("x", 0)),
+        *({"indices": value} for value in (5, [], "abc", [1.5], [2**70])),
+        *({"times": value} for value in (5, [], [None], [[1]])),
+        {"frames": 2, "fps": 1},
+    ],
+)
+def test_frames_to_fit_are_checked_first(lm: vidlm.LM, options: dict[str, Any]) -> None:
+    for fit in (True, False):
+        with pytest.raises(InvalidArgument):
+            lm.ask(VIDEO, QUESTION, fit=fit, max_tokens=1, **options)
+
+
+def test_arrays_of_times_are_times_for_load_video_too() -> None:
+    assert vidlm.load_video(VIDEO, times=np.array([0.0, 0.3])).indices.tolist() == [0, 7]
+
+
+def test_arrays_that_name_frames_fit(lm: vidlm.LM) -> None:
+    for name in ("indices", "times"):
+        options = {name: np.array([0, 1])}
+        if name == "times":
+            options = {name: np.array([0.0, 0.3])}
+        assert len(lm.ask(VIDEO, QUESTION, fit=True, max_tokens=1, **options).frames) == 2
+
+
+def test_other_ways_in(lm: vidlm.LM, tmp_path: Path) -> None:
+    tokenizer = lm.processor.tokenizer
+    video = lm.video(VIDEO, frames=2)
+    ways: list[Callable[[], Any]] = [
+        *(lambda v=v: tokenizer(v) for v in (5, None, [5], ["a", None])),
+        *(lambda v=v: tokenizer.batch_decode(v) for v in (5, "abc", None)),
+        *(lambda v=v: tokenizer.decode(v) for v in ("x", 1.5, [[1]], None)),
+        *(lambda v=v: tokenizer.convert_tokens_to_ids(v) for v in (5, None)),
+        *(lambda v=v: tokenizer.add_special_tokens(v) for v in (5, "x", None)),
+        *(lambda v=v: video.prompt(v) for v in (5, None, "", "\ud83d")),
+        *(lambda v=v: video.prompt("x", system=v) for v in (5, "\ud83d")),
+        lambda: video.save(tmp_path / "a.safetensors", system=5),
+        *(lambda v=v: lm.model.generate(torch.ones(1, 2).long(), **v) for v in BAD),
+    ]
+    for way in ways:
+        with pytest.raises(InvalidArgument):
+            way()
+
+
+BAD: tuple[dict[str, Any], ...] = (
+    {"max_new_tokens": 2.5},
+    {"max_new_tokens": "x"},
+    {"max_length": "x"},
+    {"temperature": "x"},
+    {"stop_strings": 5},
+    {"num_beams": "x"},
+    {"num_return_sequences": "x"},
+    {"eos_token_id": "x"},
+    {"top_p": "x"},
+    {"early_stopping": "never"},
+)

@@ -13,6 +13,7 @@ from vidlm.engine.memory import free_bytes
 from vidlm.errors import ContextOverflow, InvalidArgument
 from vidlm.fit import Dtypes, Several, fit_frames
 from vidlm.hf import FrameOptions
+from vidlm.media.policy import FramePolicy
 from vidlm.models.base import Prompt
 from vidlm.plan import unpacked_bytes
 
@@ -34,6 +35,7 @@ def fitted(
     Raises ContextOverflow or InvalidArgument where the frames asked for, or not even one, do not
     fit; the message names how many do.
     """
+    FramePolicy(**frames.over(lm.processor.sampling))  # checks them
     handles = [source for source in sources if isinstance(source, VideoHandle)]
     videos = [source for source in sources if not isinstance(source, VideoHandle)]
     if not videos:
@@ -46,7 +48,7 @@ def fitted(
     known = sum(item.tokens for handle in handles for item in handle.media)
     prompt = text + known + NAMED * len(sources)
     config = lm.model.config if len(videos) == 1 else Several(lm.model.config, len(videos))
-    named = frames.indices or frames.times
+    named = frames.times if frames.indices is None else frames.indices
     most = fit_frames(
         config,
         Dtypes(lm.model.dtype, lm.engine.options.kv_dtype),

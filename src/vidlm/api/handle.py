@@ -12,6 +12,7 @@ from PIL import Image
 
 from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
 from vidlm.api.keywords import AskKeywords, plain
+from vidlm.api.sources import check_question
 from vidlm.engine import Request, Timings
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.store import weights_stamp
@@ -20,7 +21,7 @@ from vidlm.hf import FrameOptions
 from vidlm.media import is_image
 from vidlm.models.base import Encoded, Media, Prompt
 from vidlm.native import Cache
-from vidlm.types import FrameRef, SamplingParams
+from vidlm.types import FrameRef, SamplingParams, checked
 
 if TYPE_CHECKING:
     from vidlm.api.answer import Answer, AnswerStream
@@ -99,6 +100,7 @@ class VideoHandle:
 
     def prompt(self, question: str, system: str | None = None) -> Prompt:
         """What the engine is asked by `ask`: for a `Request` to an engine of your own."""
+        check_question(question)
         parts = [*self.parts, {"type": "text", "text": question}]
         messages = [*system_message(system), {"role": "user", "content": parts}]
         return self.lm.processor.chat_prompt(messages, self.media)
@@ -159,7 +161,7 @@ class VideoHandle:
 
 def system_message(text: str | None) -> list[dict[str, Any]]:
     """The messages of a conversation before its first turn."""
-    if text is None:
+    if checked("system", text, str | None) is None:
         return []
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 

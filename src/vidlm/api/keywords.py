@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypedDict
 
+import numpy as np
 from numpy.typing import NDArray
 
 from vidlm.errors import InvalidArgument, unknown_keyword
@@ -99,6 +100,8 @@ def read_options(options: Mapping[str, Any], call: str) -> tuple[FrameOptions, d
             raise InvalidArgument(
                 f"{name}={value!r} and {target}={options[target]!r} mean the same; give one of them"
             )
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
         if name in type_hints(FrameKeywords):
             frames[target] = value if value is not None else frames.get(target)
         else:

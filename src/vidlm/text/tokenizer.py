@@ -173,6 +173,8 @@ class Tokenizer:
         if isinstance(tokens, str):
             id = self.backend.token_to_id(tokens)
             return self.unk_token_id if id is None else id
+        if not isinstance(tokens, Sequence):
+            self.check(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     @overload
@@ -199,6 +201,10 @@ class Tokenizer:
             for name in NAMED:
                 if name in tokens:
                     setattr(self, name, text_of(tokens[name]))
+        elif isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            raise InvalidArgument(
+                f"add_special_tokens takes a list of texts or a map, got {tokens!r:.80}"
+            )
         else:
             tokens = {"additional_special_tokens": list(tokens)}
         before = len(self)
