@@ -16,14 +16,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
 
 import tiny
 import vidlm
 from clips import clip
 from house import ROOT
 from vidlm.api import AskKeywords, FrameKeywords, SamplingKeywords
-from vidlm.errors import ContextOverflow, InvalidArgument, UnknownKeyword
+from vidlm.errors import InvalidArgument, UnknownKeyword
 from vidlm.types import FinishReason, SamplingParams, checked, type_hints
 
 QUESTION = "what happens?"
@@ -40,9 +39,12 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> vidlm.LM:
 
 def test_the_page_has_every_keyword_and_its_type() -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", page, re.M))
-    assert rows.keys() == type_hints(AskKeywords).keys()
-    for name, kind in type_hints(AskKeywords).items():
+    section = page[page.index("## Keywords") : page.index("## Answers")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.M))
+    assert rows.pop("progress") == "function"
+    assert rows.keys() == type_hints(AskKeywords).keys() - {"progress"}
+    for name in rows:
+        kind = type_hints(AskKeywords)[name]
         kinds = [each for each in (get_args(kind) or (kind,)) if each is not NoneType]
         told = set(re.findall(r"`(\w+)`", rows[name]))
         assert told == {word for each in kinds for word in words(each)}, name
@@ -70,7 +72,7 @@ def test_every_keyword_is_taken(lm: vidlm.LM) -> None:
         **{"max_tokens": 2, "max_new_tokens": 2, "min_new_tokens": 1, "temperature": 0.5},
         **{"top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 3},
         **{"stop": ["x"], "num_beams": 2, "length_penalty": 1.0, "early_stopping": True},
-        **{"logprobs": 1, "system": "Be brief.", "fit": True},
+        **{"logprobs": 1, "system": "Be brief.", "fit": True, "progress": print},
     }
     assert values.keys() == type_hints(AskKeywords).keys()
     with_others = {"min_frames": {"fps": 5}, "max_frames": {"fps": 5}, "sampling": {"frames": 2}}
@@ -136,6 +138,7 @@ def test_both_names_of_one_thing(lm: vidlm.LM) -> None:
         ({"logprobs": True}, "^logprobs=True; allowed"),
         ({"system": 5}, "^system=5; allowed: a text"),
         ({"fit": "yes"}, "^fit='yes'; allowed: True or False"),
+        ({"progress": 5}, "^progress=5; allowed: a function"),
     ],
 )
 def test_values_that_are_refused(lm: vidlm.LM, options: dict[str, Any], said: str) -> None:
@@ -308,125 +311,3 @@ def test_a_type_checker_refuses_the_same(tmp_path: Path) -> None:
     lines = textwrap.dedent(SNIPPET).splitlines()
     marked = [(str(n), line.rpartition("# ")[2]) for n, line in enumerate(lines, 1) if "# " in line]
     assert errors == marked, done.stdout + done.stderr
-
-
-# ---- what is too long ----------------------------------------------------------------------------
-
-
-def overflow(ask: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(ContextOverflow) as raised:
-        ask(*arguments, **options)
-    return str(raised.value)
-
-
-def test_a_question_that_is_too_long(lm: vidlm.LM) -> None:
-    """Of 512 tokens; what is told is enough: a question of the length that is told is answered."""
-    long = "z7 " * 500
-    video = lm.video(VIDEO, frames=2)
-    for ask in (lm.chat().ask, video.ask, lambda text: lm.ask(VIDEO, text, frames=2)):
-        said = overflow(ask, long)
-        assert "use at most" not in said
-        has, left = re.findall(r"shorten the question, which has ([\d,]+) tokens, to (\d+)", said)[
-            0
-        ]
-        each = int(has.replace(",", "")) // 500
-        assert ask("z7 " * (int(left) // each)).usage.completion_tokens >= 1
-        assert overflow(ask, "z7 " * (int(left) // each + 1))
-    assert "shorten the question" in overflow(lm.ask, VIDEO, long, fit=True)
-
-
-def test_a_system_prompt_that_is_too_long(lm: vidlm.LM) -> None:
-    said = overflow(lm.ask, VIDEO, "Why?", frames=2, system="z7 " * 500)
-    assert re.search(r"shorten the system prompt, which has [\d,]+ tokens, to \d+", said)
-    said = overflow(lm.ask, VIDEO, "z7 " * 900, frames=2, system="z7 " * 901)
-    assert re.search(
-        r"the question has .*, the system prompt has .*, 2 frames .* shorten them", said
-    )
-
-
-def test_a_question_and_frames_that_are_too_many(lm: vidlm.LM) -> None:
-    said = overflow(lm.ask, VIDEO, "z7 " * 60, frames=20)
-    assert re.search(r"use at most 1?\d frames or images \(now 20\), or shorten the question", said)
-    most = int(re.findall(r"at most (\d+)", said)[0])
-    assert lm.ask(VIDEO, "z7 " * 60, frames=most, max_tokens=1)
-    assert "shorten" not in overflow(lm.ask, clip(40), "Why?", frames=40)
-
-
-def test_a_chat_that_is_too_long(lm: vidlm.LM) -> None:
-    chat = lm.chat(VIDEO, frames=2, max_tokens=1)
-    chat.ask("z7 " * 100)
-    said = overflow(lambda: [chat.ask("z7 " * 30) for _ in range(9)])
-    assert "shorten the conversation so far" in said
-
-
-def test_prompts_of_an_engine_that_are_too_long(lm: vidlm.LM) -> None:
-    video = lm.video(VIDEO, frames=2)
-    parts = [*video.parts, {"type": "text", "text": "z7 " * 500}]
-    prompt = lm.processor.chat_prompt([{"role": "user", "content": parts}], video.media)
-    request = vidlm.engine.Request(prompt, SamplingParams())
-    said = overflow(lambda: list(lm.engine.stream(request)))
-    assert re.search(r"\d+ of them are text, which leaves no room for a frame or image", said)
-
-
-# ---- whatever is wrong, it is an error of ours ---------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"frames": value} for value in ("x", 0, -3, 2.5)),
-        *({"max_frames": value} for value in ("x", 0)),
-        *({"indices": value} for value in (5, [], "abc", [1.5], [2**70])),
-        *({"times": value} for value in (5, [], [None], [[1]])),
-        {"frames": 2, "fps": 1},
-    ],
-)
-def test_frames_to_fit_are_checked_first(lm: vidlm.LM, options: dict[str, Any]) -> None:
-    for fit in (True, False):
-        with pytest.raises(InvalidArgument):
-            lm.ask(VIDEO, QUESTION, fit=fit, max_tokens=1, **options)
-
-
-def test_arrays_of_times_are_times_for_load_video_too() -> None:
-    assert vidlm.load_video(VIDEO, times=np.array([0.0, 0.3])).indices.tolist() == [0, 7]
-
-
-def test_arrays_that_name_frames_fit(lm: vidlm.LM) -> None:
-    for name in ("indices", "times"):
-        options = {name: np.array([0, 1])}
-        if name == "times":
-            options = {name: np.array([0.0, 0.3])}
-        assert len(lm.ask(VIDEO, QUESTION, fit=True, max_tokens=1, **options).frames) == 2
-
-
-def test_other_ways_in(lm: vidlm.LM, tmp_path: Path) -> None:
-    tokenizer = lm.processor.tokenizer
-    video = lm.video(VIDEO, frames=2)
-    ways: list[Callable[[], Any]] = [
-        *(lambda v=v: tokenizer(v) for v in (5, None, [5], ["a", None])),
-        *(lambda v=v: tokenizer.batch_decode(v) for v in (5, "abc", None)),
-        *(lambda v=v: tokenizer.decode(v) for v in ("x", 1.5, [[1]], None)),
-        *(lambda v=v: tokenizer.convert_tokens_to_ids(v) for v in (5, None)),
-        *(lambda v=v: tokenizer.add_special_tokens(v) for v in (5, "x", None)),
-        *(lambda v=v: video.prompt(v) for v in (5, None, "", "\ud83d")),
-        *(lambda v=v: video.prompt("x", system=v) for v in (5, "\ud83d")),
-        lambda: video.save(tmp_path / "a.safetensors", system=5),
-        *(lambda v=v: lm.model.generate(torch.ones(1, 2).long(), **v) for v in BAD),
-    ]
-    for way in ways:
-        with pytest.raises(InvalidArgument):
-            way()
-
-
-BAD: tuple[dict[str, Any], ...] = (
-    {"max_new_tokens": 2.5},
-    {"max_new_tokens": "x"},
-    {"max_length": "x"},
-    {"temperature": "x"},
-    {"stop_strings": 5},
-    {"num_beams": "x"},
-    {"num_return_sequences": "x"},
-    {"eos_token_id": "x"},
-    {"top_p": "x"},
-    {"early_stopping": "never"},
-)

@@ -13,12 +13,13 @@ from vidlm.api.handle import VideoHandle, system_message
 from vidlm.api.index_file import is_index
 from vidlm.api.keywords import (
     AskKeywords,
-    SamplingKeywords,
+    TurnKeywords,
     read_options,
     read_sampling,
     sampling_params,
     spelled,
 )
+from vidlm.api.progress import Progress, ProgressHook, ReportedTimings, silent
 from vidlm.api.sources import NOTHING, Sources, check_question, listed
 from vidlm.api.turns import Turn, Turns
 from vidlm.engine import Request, Timings, Token
@@ -67,39 +68,47 @@ class Chat:
         """What was said so far; media parts hold nothing but their type."""
         return self._said.messages
 
-    def ask(self, question: str, **sampling: Unpack[SamplingKeywords]) -> Answer:
+    def ask(self, question: str, **sampling: Unpack[TurnKeywords]) -> Answer:
         """The answer to the next turn."""
         return self.stream(question, **sampling).answer
 
-    def stream(self, question: str, **sampling: Unpack[SamplingKeywords]) -> AnswerStream:
+    def stream(self, question: str, **sampling: Unpack[TurnKeywords]) -> AnswerStream:
         """The next turn, piece by piece."""
         check_question(question)
         changed = read_sampling(sampling)
+        hook = sampling.get("progress") or self._options.get("progress")
         turn = self._turns.begin()
         try:
             with spelled({**self._options, **sampling}):
-                return self._stream(question, {**self._sampling, **changed}, turn)
+                return self._stream(question, {**self._sampling, **changed}, turn, hook)
         except BaseException:
             turn.end()
             raise
 
-    def _stream(self, question: str, sampling: dict[str, Any], turn: Turn) -> AnswerStream:
-        timings = Timings()
-        read = self._read(question, sampling, timings)
+    def _stream(
+        self, question: str, sampling: dict[str, Any], turn: Turn, hook: ProgressHook | None
+    ) -> AnswerStream:
+        timings = Timings() if hook is None else ReportedTimings(hook)
+        report = hook or silent
+        read = self._read(question, sampling, timings, report)
         parts = [part for one in read for part in one.parts]
         user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         asked = _Conversation(
             [*self._said.messages, user],
             [*self._said.media, *(item for one in read for item in one.media)],
         )
+        report(Progress("preprocess", 0, 1))
         with timings.stage("preprocess"):
             prompt = self.lm.processor.chat_prompt(asked.messages, asked.media)
+        report(Progress("preprocess", 1, 1))
         check_room(self.lm, asked.messages, prompt)
         params = sampling_params(self.lm.model, sampling, len(prompt.ids))
-        pieces = self._run(Request(prompt, params), timings, asked)
+        pieces = self._run(Request(prompt, params), timings, asked, report)
         return AnswerStream(self.frames, len(prompt.ids), timings, pieces, turn)
 
-    def _read(self, question: str, sampling: dict[str, Any], timings: Timings) -> list[VideoHandle]:
+    def _read(
+        self, question: str, sampling: dict[str, Any], timings: Timings, report: ProgressHook
+    ) -> list[VideoHandle]:
         """The media of the first turn; none later."""
         if not self._sources:
             return []
@@ -108,12 +117,14 @@ class Chat:
         if self._fit:
             messages = [*self._said.messages, {"role": "user", "content": question}]
             frames = fitted(self.lm, sources, frames, messages, sampling)
-        read = [
-            source.checked(self.lm, self._frames)
-            if isinstance(source, VideoHandle)
-            else VideoHandle.read(self.lm, source, frames, timings)
-            for source in sources
-        ]
+        read: list[VideoHandle] = []
+        report(Progress("decode", 0, len(sources)))
+        for source in sources:
+            if isinstance(source, VideoHandle):
+                read.append(source.checked(self.lm, self._frames))
+            else:
+                read.append(VideoHandle.read(self.lm, source, frames, timings))
+            report(Progress("decode", len(read), len(sources)))
         self.frames = tuple(
             replace(frame, media=i) for i, one in enumerate(read) for frame in one.frames
         )
@@ -127,13 +138,16 @@ class Chat:
         return source
 
     def _run(
-        self, request: Request, timings: Timings, asked: _Conversation
+        self, request: Request, timings: Timings, asked: _Conversation, report: ProgressHook
     ) -> Generator[str, None, Answer]:
         tokenizer, prompt = self.lm.processor.tokenizer, request.prompt
         text = _Text(tokenizer, request.params)
         tokens: list[Token] = []
         for token in self.lm.engine.stream(request, timings):
             tokens.append(token)
+            if isinstance(timings, ReportedTimings) and timings.error is not None:
+                raise timings.error
+            report(Progress("generate", len(tokens), request.params.max_new_tokens))
             if piece := text.push(token):
                 yield piece
             if text.stopped:
@@ -148,7 +162,7 @@ class Chat:
             text.said.strip(),
             self.frames,
             Usage(len(prompt.ids), media_tokens, len(tokens)),
-            timings,
+            timings.plain() if isinstance(timings, ReportedTimings) else timings,
             FinishReason.STOP if text.stopped else tokens[-1].finish or FinishReason.LENGTH,
             self._warnings,
             tuple(_logprob(tokenizer, token) for token in tokens if token.logprob is not None),

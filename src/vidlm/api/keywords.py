@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from vidlm.api.progress import ProgressHook
 from vidlm.errors import InvalidArgument, unknown_keyword
 from vidlm.hf import ForConditionalGeneration, FrameOptions
 from vidlm.hf.generation import read_call
@@ -55,13 +56,20 @@ class SamplingKeywords(TypedDict, total=False):
     logprobs: int | None  # log-probabilities, with so many of the likeliest tokens
 
 
-class AskKeywords(FrameKeywords, SamplingKeywords, total=False):
+class TurnKeywords(SamplingKeywords, total=False):
+    """Of one question."""
+
+    progress: ProgressHook | None  # is called with a Progress while the question is answered
+
+
+class AskKeywords(FrameKeywords, TurnKeywords, total=False):
     """Of `ask`, `stream` and `chat`."""
 
     system: str | None  # a system prompt
     fit: bool  # no more frames than fit into context and memory
 
 
+CONVERSATION = ("system", "fit", "progress")
 TARGETS = {"frames": "num_frames", "max_tokens": "max_new_tokens", "stop": "stop_strings"}
 SHOWN = {target: name for name, target in TARGETS.items()}
 
@@ -69,7 +77,7 @@ SHOWN = {target: name for name, target in TARGETS.items()}
 def read_frames(options: Mapping[str, Any], call: str) -> FrameOptions:
     """Keywords that choose frames; raises UnknownKeyword, or InvalidArgument, on others."""
     frames, sampling = read_options(options, call)
-    if others := [*sampling, *(name for name in ("system", "fit") if name in options)]:
+    if others := [*sampling, *(name for name in CONVERSATION if name in options)]:
         names = ", ".join(SHOWN.get(name, name) for name in others)
         raise InvalidArgument(f"{names} belong to a question; {call} takes what chooses frames")
     return frames
@@ -78,11 +86,11 @@ def read_frames(options: Mapping[str, Any], call: str) -> FrameOptions:
 def read_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of a chat's further turns; raises UnknownKeyword, or InvalidArgument, on others."""
     for name in options:
-        if name in type_hints(AskKeywords) and name not in type_hints(SamplingKeywords):
+        if name in type_hints(AskKeywords) and name not in type_hints(TurnKeywords):
             what = "frames are" if name in type_hints(FrameKeywords) else f"{name} is"
             raise InvalidArgument(f"{what} chosen once for a chat; pass them to lm.chat()")
-        if name not in type_hints(SamplingKeywords):
-            raise unknown_keyword("Chat.ask()", name, type_hints(SamplingKeywords))
+        if name not in type_hints(TurnKeywords):
+            raise unknown_keyword("Chat.ask()", name, type_hints(TurnKeywords))
     return read_options(options, "Chat.ask()")[1]
 
 
@@ -104,6 +112,9 @@ def read_options(options: Mapping[str, Any], call: str) -> tuple[FrameOptions, d
             value = value.tolist()
         if name in type_hints(FrameKeywords):
             frames[target] = value if value is not None else frames.get(target)
+        elif name == "progress":
+            if value is not None and not callable(value):
+                raise InvalidArgument(f"progress={value!r}; allowed: a function, or None")
         else:
             value = checked(name, value, known[name])
             if name in type_hints(SamplingKeywords):

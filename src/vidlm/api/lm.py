@@ -13,6 +13,7 @@ from vidlm.api.chat import Chat
 from vidlm.api.handle import VideoHandle
 from vidlm.api.index_file import Identity, is_index
 from vidlm.api.keywords import AskKeywords, FrameKeywords, read_frames, spelled
+from vidlm.api.progress import Progress, ProgressHook, silent
 from vidlm.api.sources import NOTHING, Picture, Source, Sources, check_order, listed
 from vidlm.engine import Engine, EngineOptions, Timings
 from vidlm.engine.store import weights_stamp
@@ -37,6 +38,7 @@ def load(
     local_files_only: bool = False,
     engine: EngineOptions | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
+    progress: ProgressHook | None = None,
 ) -> LM:
     """Load a model and its processor from a folder, a hub repository, or "demo".
 
@@ -47,11 +49,16 @@ def load(
     engine  how much it may remember, and whether answers must be exact; see EngineOptions
     max_memory  what weights may take of each device, with device="auto", "balanced",
             "balanced_low_0" or "sequential": {0: "20GiB", "cpu": "60GiB"}
+    progress  is called with a Progress as the stages "resolve" and "load" begin and end
     Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; InvalidArgument for a
     value that is not allowed, and where weights have no room in max_memory.
     """
     where = {"revision": revision, "local_files_only": local_files_only}
+    report = progress or silent
+    report(Progress("resolve", 0, 1))
     processor = AutoProcessor.from_pretrained(name, **where)
+    report(Progress("resolve", 1, 1))
+    report(Progress("load", 0, 1))
     model = AutoModelForImageTextToText.from_pretrained(
         name,
         dtype=dtype,
@@ -60,6 +67,7 @@ def load(
         quantization_config=None if quantize is None else preset(quantize),
         **where,
     )
+    report(Progress("load", 1, 1))
     return LM(model, processor, engine)
 
 
