@@ -280,6 +280,11 @@ SNIPPET = """\
     text: str = answer.text
     with video.stream("Why?", indices=range(4), times=[1, "0:02"], seed=None) as stream:
         pieces: list[str] = list(stream)
+    def show(progress: vidlm.Progress) -> None: ...
+    try:
+        video.ask("Why?", progress=show, fit=True)
+    except (vidlm.errors.StreamClosed, vidlm.VidlmError):
+        params = vidlm.SamplingParams(seed=1)
     lm.ask("clip.mp4", "Why?", max_token=4)  # call-arg
     lm.ask("clip.mp4", "Why?", frames="4")  # arg-type
     lm.ask("clip.mp4", "Why?", max_tokens=2.7)  # arg-type
