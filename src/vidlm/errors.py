@@ -3,6 +3,7 @@
 VidlmError
 ├── InvalidArgument        (ValueError)          a value or combination that is not allowed
 │   └── ContextOverflow                          more tokens than the model takes
+├── UnknownKeyword         (TypeError)           a keyword that a function does not take
 ├── MediaError             (ValueError)          a video or image could not be read
 │   ├── MediaNotFound      (FileNotFoundError)   there is no such file
 │   ├── MediaFetchError                          a URL could not be fetched, or may not be
@@ -14,7 +15,8 @@ VidlmError
 │   └── WeightsError                             tensors missing, left over or misshapen
 ├── OutputError            (OSError)             a file or folder could not be written
 │   └── FolderNotFound     (FileNotFoundError)   the folder to write to does not exist
-└── EngineClosed           (RuntimeError)        asked of an engine that was closed
+├── EngineClosed           (RuntimeError)        asked of an engine that was closed
+└── StreamClosed           (RuntimeError)        the answer of a stream that was closed
 
 In brackets the builtin exception that an error is too.
 
@@ -37,6 +39,10 @@ class InvalidArgument(VidlmError, ValueError):
 
 class ContextOverflow(InvalidArgument):
     """Prompt and media need more tokens than the model takes."""
+
+
+class UnknownKeyword(VidlmError, TypeError):
+    """A keyword that a function does not take."""
 
 
 class MediaError(VidlmError, ValueError):
@@ -90,9 +96,13 @@ class EngineClosed(VidlmError, RuntimeError):
     """A request to an engine that was closed, or that it had not finished then."""
 
 
-def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
+class StreamClosed(VidlmError, RuntimeError):
+    """The answer of a stream that was closed before it was complete."""
+
+
+def unknown_keyword(where: str, name: str, known: Iterable[str]) -> UnknownKeyword:
     """The error for a keyword `where` does not take, naming the nearest one it does."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    return TypeError(f"{where} got an unexpected keyword argument {name!r}; {hint}")
+    return UnknownKeyword(f"{where} got an unexpected keyword argument {name!r}; {hint}")

@@ -204,21 +204,21 @@ def test_neutral_values_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> N
 )
 @pytest.mark.parametrize("value", [2.7, True, "3"])
 def test_whole_numbers(name: str, value: Any) -> None:
-    with pytest.raises(InvalidArgument, match=f"{name}=.*; give a whole number"):
+    with pytest.raises(InvalidArgument, match=f"{name}=.*; allowed: a whole number"):
         read({name: value})
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"stop": 5}, "stop_strings=5; give a string"),
-        ({"stop_strings": ["a", 5]}, "give a string, or a list of strings"),
-        ({"stop": {"a"}}, "give a string, or a list of strings"),
+        ({"stop": 5}, "stop=5; allowed: a list of texts"),
+        ({"stop_strings": ["a", 5]}, "allowed: a list of texts"),
+        ({"stop": {"a": 1}}, "allowed: a list of texts"),
         ({"stop": "a", "stop_strings": "b"}, "one keyword"),
-        ({"temperature": "0.7", "do_sample": True}, "temperature='0.7'; give a number"),
-        ({"top_p": [0.5], "do_sample": True}, r"top_p=\[0.5\]; give a number"),
-        ({"repetition_penalty": True}, "repetition_penalty=True; give a number"),
-        ({"do_sample": "False"}, "do_sample='False'; allowed: True, False"),
+        ({"temperature": "0.7", "do_sample": True}, "temperature='0.7'; allowed: a finite number"),
+        ({"top_p": [0.5], "do_sample": True}, r"top_p=\[0.5\]; allowed: a finite number"),
+        ({"repetition_penalty": True}, "repetition_penalty=True; allowed: a finite number"),
+        ({"do_sample": "False"}, "do_sample='False'; allowed: True or False"),
         ({"early_stopping": "now", "num_beams": 2}, "early_stopping='now'; allowed"),
         ({"past_key_values": object()}, "takes no past_key_values: it reads the whole prompt"),
     ],

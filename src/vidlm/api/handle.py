@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from PIL import Image
 
 from vidlm.api.index_fields import Index, printable
 from vidlm.api.index_file import checked_name, damaged, read_index, write_index
-from vidlm.api.keywords import plain
+from vidlm.api.keywords import AskKeywords, plain
+from vidlm.api.sources import check_question
 from vidlm.engine import Request, Timings, prefix_kv
 from vidlm.engine.ambient import Autocast
 from vidlm.engine.answers import budget_of
@@ -23,7 +24,7 @@ from vidlm.errors import InvalidArgument
 from vidlm.hf import FrameOptions
 from vidlm.media import is_image
 from vidlm.models.base import Encoded, Media, Prompt
-from vidlm.types import FrameRef, SamplingParams
+from vidlm.types import FrameRef, SamplingParams, checked
 
 if TYPE_CHECKING:
     from vidlm.api.answer import Answer, AnswerStream
@@ -96,24 +97,24 @@ class VideoHandle:
         shown = (index.name, index.frames, index.warnings)
         return cls(lm, *shown, here, index.parts, index.sampling, made_by)
 
-    def ask(self, question: str, **options: Any) -> Answer:
+    def ask(self, question: str, **options: Unpack[AskKeywords]) -> Answer:
         """As `lm.ask`, about this video."""
         return self.lm.ask(self, question, **options)
 
-    def stream(self, question: str, **options: Any) -> AnswerStream:
+    def stream(self, question: str, **options: Unpack[AskKeywords]) -> AnswerStream:
         """As `lm.stream`, about this video."""
         return self.lm.stream(self, question, **options)
 
-    def chat(self, **options: Any) -> Chat:
+    def chat(self, **options: Unpack[AskKeywords]) -> Chat:
         """As `lm.chat`, about this video."""
         return self.lm.chat(self, **options)
 
     def prompt(self, question: str, system: str | None = None) -> Prompt:
         """What the engine is asked by `ask`: for a `Request` to an engine of your own."""
+        check_question(question)
         parts = [*self.parts, {"type": "text", "text": question}]
         messages = [*system_message(system), {"role": "user", "content": parts}]
-        processor = self.lm.processor
-        return processor.prompt(processor.render(messages), self.media)
+        return self.lm.processor.chat_prompt(messages, self.media)
 
     def save(self, path: str | Path, *, kv: bool = True, system: str | None = None) -> None:
         """Write the features and, with `kv`, the keys and values of the prompt up to the question
@@ -180,7 +181,7 @@ class VideoHandle:
 
 def system_message(text: str | None) -> list[dict[str, Any]]:
     """The messages of a conversation before its first turn."""
-    if text is None:
+    if checked("system", text, str | None) is None:
         return []
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 

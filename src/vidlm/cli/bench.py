@@ -150,7 +150,7 @@ def decode(given: Decode) -> None:
 def _answer(lm: LM, source: str, given: Latency) -> Figures:
     """One question about a video that nothing is known of, and another one about the same."""
     lm.engine.clear()
-    options = {"max_tokens": given.max_tokens, "min_new_tokens": given.max_tokens}
+    options: dict[str, Any] = dict.fromkeys(("max_tokens", "min_new_tokens"), given.max_tokens)
     began = time.perf_counter()
     answer = lm.ask(source, QUESTIONS[0], frames=given.frames, **options)
     whole, took = time.perf_counter() - began, answer.timings

@@ -93,13 +93,18 @@ def budget_of(model: VideoModel, request: Request) -> int:
 
 
 def _fewer_frames(request: Request, over: int) -> str:
+    """What to change of a prompt that has `over` tokens too many."""
     media = request.prompt.media
-    frames = sum(item.frames for item in media)
+    frames, tokens = sum(item.frames for item in media), sum(item.tokens for item in media)
     if not frames:
         return "shorten the prompt"
-    per_frame = max(sum(item.tokens for item in media) // frames, 1)
-    fit = max(frames - -(-over // per_frame), 0)
-    return f"use at most {fit} frames or images (now {frames})"
+    each, text = max(tokens // frames, 1), len(request.prompt.ids) - tokens
+    most = frames - -(-over // each)
+    if most >= 1:
+        return f"use at most {most} frames or images (now {frames})"
+    if text > each:
+        return f"{text} of them are text, which leaves no room for a frame or image; shorten it"
+    return f"a frame or image takes {each} of them, and not even one fits; give a smaller one"
 
 
 def watch(params: SamplingParams, tokenizer: Tokenizer | None) -> Callable[[int], bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -11,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vidlm.errors import InvalidArgument, unknown_keyword
-from vidlm.types import GREEDY_BELOW, SamplingParams
+from vidlm.types import GREEDY_BELOW, SamplingParams, checked
 
 log = logging.getLogger(__name__)
 # Keywords with a meaning; all may be left out.
@@ -23,6 +22,7 @@ KEYWORDS = (
 ALIASES = MappingProxyType({"stop": "stop_strings"})
 NEW_TOKENS = 256  # when nobody says: long enough for an answer, short of a run-away
 SAMPLED_TOP_K = 50  # transformers' own default once do_sample is on
+STRINGS = tuple[str, ...]
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 # What may stand beside greedy decoding without a word: no sampling, or transformers' defaults.
 NEUTRAL = MappingProxyType(
@@ -223,37 +223,20 @@ def _check_file(defaults: Mapping[str, Any], sample: bool) -> None:
 
 
 def _checked(merged: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keywords, whose numbers are numbers; raises InvalidArgument."""
-    made = dict(merged)
-    for name in WHOLE:
-        if made[name] is not None:
-            made[name] = _whole(name, made[name])
-    for name in REAL:
-        value = made[name]
-        if value is None:
-            continue
-        try:
-            made[name] = None if isinstance(value, bool | str) else float(value)
-        except (TypeError, ValueError):
-            made[name] = None
-        if made[name] is None:
-            raise InvalidArgument(f"{name}={value!r}; give a number")
-    if made["do_sample"] not in (None, True, False):
-        raise InvalidArgument(f"do_sample={made['do_sample']!r}; allowed: True, False")
-    if made["early_stopping"] not in (None, True, False, "never"):
+    """The keywords with Python's own numbers; raises InvalidArgument on other types."""
+    values = dict(merged)
+    kinds = {**dict.fromkeys(WHOLE, int | None), **dict.fromkeys(REAL, float | None)}
+    for name, kind in {**kinds, "do_sample": bool | None}.items():
+        values[name] = checked(name, merged[name], kind)
+    if merged["early_stopping"] not in (None, True, False, "never"):
         raise InvalidArgument(
-            f"early_stopping={made['early_stopping']!r}; allowed: True, False, 'never'"
+            f"early_stopping={merged['early_stopping']!r}; allowed: True, False, 'never'"
         )
-    return made
+    return values
 
 
 def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise InvalidArgument(f"{name}={value!r}; give a whole number") from None
+    return int(checked(name, value, int))
 
 
 def _samples(given: Mapping[str, Any], base: Mapping[str, Any], implied: bool) -> bool:
@@ -280,7 +263,8 @@ def _no_temperature(value: Any) -> bool:
 
 def _choices(merged: Mapping[str, Any], sample: bool) -> int:
     """Answers to one prompt. Without a draw all of them would be the same."""
-    n, beams = int(_or(merged["num_return_sequences"], 1)), _or(merged["num_beams"], 1)
+    n = checked("num_return_sequences", _or(merged["num_return_sequences"], 1), int)
+    beams = checked("num_beams", _or(merged["num_beams"], 1), int)
     if n > 1 and beams > 1:
         raise InvalidArgument(
             f"num_return_sequences={n} with num_beams={beams}: beams give their best answer alone; "
@@ -359,10 +343,8 @@ def _ids(eos: Any) -> tuple[int, ...]:
 def _strings(stop: Any) -> tuple[str, ...]:
     if stop is None:
         return ()
-    each = [stop] if isinstance(stop, str) else stop
-    if not isinstance(each, Sequence) or not all(isinstance(text, str) for text in each):
-        raise InvalidArgument(f"stop_strings={stop!r}; give a string, or a list of strings")
-    return tuple(each)
+    strings: tuple[str, ...] = checked("stop", (stop,) if isinstance(stop, str) else stop, STRINGS)
+    return strings
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from vidlm.hf.tokens import Piece, Places, Row, Span, TextOptions, encoded, rows
 from vidlm.hf.video_input import Choice, as_videos
 from vidlm.hf.video_processing import read_metadata
 from vidlm.models.base import Media, Prompt
-from vidlm.text import Marks, render_chat
+from vidlm.text import Marks, render_chat, typed
 
 
 class ProcessorMixin(ProcessorParts):
@@ -127,6 +128,7 @@ class ProcessorMixin(ProcessorParts):
         media: Sequence[Media],
         options: TextOptions,
         spans: Sequence[Sequence[Span]] = (),
+        marks: typed.Marks = typed.NO_MARKS,
     ) -> list[Row]:
         """Each text with every placeholder as often as its media fills it; truncated."""
         places = []
@@ -142,7 +144,8 @@ class ProcessorMixin(ProcessorParts):
                     + (" or frame" if self.video_token is None else "")
                 )
             places.append(Places(token, self.placeholder(token), written))
-        return rows_of(texts, places, self.encode, options, self.tokenizer, spans)
+        encode = partial(self.encode, marks=marks)
+        return rows_of(texts, places, encode, options, self.tokenizer, spans)
 
     def apply_chat_template(
         self,
@@ -261,6 +264,18 @@ class ProcessorMixin(ProcessorParts):
         (row,) = self._rows([text], media, options)
         return Prompt(tuple(row.ids), tuple(media))
 
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], media: Sequence[Media]) -> Prompt:
+        """Messages that users typed, which only name their media, as the engine takes them.
+
+        Control tokens and placeholders in their texts are text: only the template's own act.
+        """
+        placeholders = filter(None, (self.image_token, self.video_token))
+        marked, marks = typed.mark(messages, self.tokenizer, placeholders, self.chat_template)
+        text = self.render(marked)
+        options = TextOptions(add_special_tokens=not self._has_bos(text))
+        (row,) = self._rows([text], media, options, marks=marks)
+        return Prompt(tuple(row.ids), tuple(media))
+
     def decode(self, ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens, **kwargs)
 
@@ -277,9 +292,14 @@ class ProcessorMixin(ProcessorParts):
         rows = [generated_outputs] if one_row else generated_outputs
         return self.batch_decode(rows, skip_special_tokens, **kwargs)
 
-    def encode(self, text: str, add_special_tokens: bool) -> Piece:
-        """Ids of a text, each placeholder in it once."""
-        return encoded(self.tokenizer, text, add_special_tokens)
+    def encode(
+        self, text: str, add_special_tokens: bool, marks: typed.Marks = typed.NO_MARKS
+    ) -> Piece:
+        """Ids of a text, each placeholder in it once; what is marked in it is plain text."""
+        if not marks:
+            return encoded(self.tokenizer, text, add_special_tokens)
+        ids = typed.encode(text, marks, self.tokenizer, add_special_tokens)
+        return Piece(ids, [(0, 0)] * len(ids))
 
     def _has_bos(self, text: str) -> bool:
         """Whether a template wrote the BOS token itself: the tokenizer must not add a second."""

@@ -18,11 +18,12 @@ from vidlm.hf.image_input import as_images
 from vidlm.hf.model import ForConditionalGeneration
 from vidlm.hf.outputs import CausalLMOutputWithPast
 from vidlm.hf.processor import ProcessorMixin
-from vidlm.hf.tokens import Piece, encoded
+from vidlm.hf.tokens import Piece
 from vidlm.hub import read_safetensors_header, weight_files
 from vidlm.media import MediaReader
 from vidlm.models.base import Kind, Media
 from vidlm.models.slowfast import FAMILY, SlowFastConfig, SlowFastNetwork
+from vidlm.text import typed
 from vidlm.vision.preprocess import Preprocess
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -72,7 +73,9 @@ class SlowFastProcessor(ProcessorMixin):
         batch = {n: [m.pixels for m in media if m.kind == kind] for n, kind in NAMES.items()}
         return {name: pixels for name, pixels in batch.items() if pixels}
 
-    def encode(self, text: str, add_special_tokens: bool) -> Piece:
+    def encode(
+        self, text: str, add_special_tokens: bool, marks: typed.Marks = typed.NO_MARKS
+    ) -> Piece:
         """Ids of a text, each piece between placeholders by itself."""
         made, at = Piece([], []), 0
         words = (self.core.image_token, self.core.video_token)
@@ -82,7 +85,7 @@ class SlowFastProcessor(ProcessorMixin):
                 made = made.joined(Piece([self.placeholder(part)], [(at, end)]))
             elif part:
                 first = add_special_tokens and not made.ids
-                made = made.joined(encoded(self.tokenizer, part, first).moved(at))
+                made = made.joined(super().encode(part, first, marks).moved(at))
             at = end
         return made
 

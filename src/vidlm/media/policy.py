@@ -110,7 +110,8 @@ class FramePolicy:
             raise InvalidArgument(f"{named[0]}=[] takes no frame; give at least one")
         for value in values:
             if named[0] == "times":
-                seconds("times", value)
+                if seconds("times", value) is None:
+                    raise InvalidArgument("times with None; give seconds or texts as 'mm:ss'")
             elif not _is_integer(value) or value < 0:
                 raise InvalidArgument(f"indices with {value!r}; give frame numbers, from 0")
 
@@ -212,13 +213,14 @@ def _uniform(pts: Times, policy: FramePolicy, *, start: float | None, stop: floa
 def _named(pts: Times, policy: FramePolicy, stop: float) -> Rows:
     """The rows of `indices`, or of what is on screen at `times`."""
     if policy.indices is not None:
-        rows = np.asarray(policy.indices, np.int64)
-        if rows.max() >= len(pts):
+        last = max(map(int, policy.indices))  # which may be more than int64 holds
+        if last >= len(pts):
             raise InvalidArgument(
-                f"indices with {rows.max()}: the clip has {len(pts)} frames, 0 to {len(pts) - 1}"
+                f"indices with {last}: the clip has {len(pts)} frames, 0 to {len(pts) - 1}"
             )
-        return rows
-    moments = np.asarray([seconds("times", time) for time in policy.times or ()])
+        return np.asarray(policy.indices, np.int64)
+    assert policy.times is not None  # or it would not be called
+    moments = np.asarray([seconds("times", time) for time in policy.times])
     if moments.max() >= stop:
         raise InvalidArgument(
             f"times with {moments.max():g} s, which is beyond the end of the clip at {stop:g} s; "

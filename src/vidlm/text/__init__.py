@@ -3,6 +3,7 @@
 tokenizer.py     Tokenizer, after the checkpoint's tokenizer.json
 files.py         what the small JSON files around it add: special tokens, the template's text
 template.py      render_chat: messages to a prompt, and which variables a template reads
+typed.py         mark and encode: what users type is text, never a control token
 placeholders.py  expand: one placeholder to as many as the media has tokens
 stream.py        Detokenizer and StopStrings, which return only what cannot change any more
 """

@@ -193,6 +193,8 @@ class Tokenizer:
         if isinstance(tokens, str):
             id = self.backend.token_to_id(tokens)
             return self.unk_token_id if id is None else id
+        if not isinstance(tokens, Sequence):
+            self.check(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     @overload
@@ -219,6 +221,10 @@ class Tokenizer:
             for name in NAMED:
                 if name in tokens:
                     setattr(self, name, text_of(tokens[name]))
+        elif isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            raise InvalidArgument(
+                f"add_special_tokens takes a list of texts or a map, got {tokens!r:.80}"
+            )
         else:
             tokens = {"additional_special_tokens": list(tokens)}
         before = len(self)
@@ -227,7 +233,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; `add_special_tokens` lets tokenizer.json add BOS and the like."""
+        self.check(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @staticmethod
+    def check(text: str) -> None:
+        """Raise InvalidArgument unless this is text that can be encoded."""
+        if not isinstance(text, str):
+            raise InvalidArgument(
+                f"a text is needed, got {type(text).__name__}; pass a str, or the tokenizer itself "
+                "a list of them"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"the text has half a character ({text[error.start]!r}, a lone surrogate) at "
+                f"{error.start}: it was decoded wrongly; read it as UTF-8, or remove it with "
+                "text.encode(errors='replace').decode()"
+            ) from None
 
     def decode(
         self,
@@ -253,6 +277,11 @@ class Tokenizer:
     ) -> list[str]:
         """The text of each row."""
         options = (skip_special_tokens, clean_up_tokenization_spaces)
+        if isinstance(sequences, str) or not hasattr(sequences, "__iter__"):
+            raise InvalidArgument(
+                f"batch_decode takes rows of token ids, got {type(sequences).__name__}; use decode "
+                "for one row"
+            )
         return [self.decode(row, *options) for row in sequences]
 
     def __call__(
@@ -269,6 +298,8 @@ class Tokenizer:
         Lists; with return_tensors "np" or "pt" arrays (B, T) of int64, also for a single text.
         Raises InvalidArgument for a choice there is not, or rows of unequal length as an array.
         """
+        if not isinstance(text, str | Sequence):
+            self.check(text)
         texts = [text] if isinstance(text, str) else list(text)
         # One by one: encode_batch starts threads, and a process that has them may not fork.
         rows = [self.encode(item, add_special_tokens) for item in texts]
