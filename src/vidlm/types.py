@@ -28,7 +28,8 @@ class SamplingParams:
 
     Greedy unless `temperature` is at least 1e-5; below, it becomes 0. The filters apply in this
     order: repetition penalty, min_new_tokens, temperature, top_k, top_p, min_p (the order of
-    transformers' logits processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
+    transformers' logits processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are
+    off.
     `seed=None` draws from torch's global generator. `n` asks for as many answers, of which each
     draws with a seed one higher. `logprobs` asks for the log-probability of each token, and of so
     many of the likeliest beside it.
