@@ -27,7 +27,7 @@ def _no_limits_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def machine(folder: Path, groups: str, mounts: str, files: Files = {}) -> Path:
+def machine(folder: Path, groups: str, mounts: str, files: Files | None = None) -> Path:
     """/proc and /sys with these groups, mounts and files of groups."""
     available = MACHINE * GIB // 1024
     proc = {
@@ -36,7 +36,10 @@ def machine(folder: Path, groups: str, mounts: str, files: Files = {}) -> Path:
         "proc/self/mountinfo": f"23 1 8:1 / / rw - ext4 /dev/sda rw\n{CPU}\n{mounts}\n",
         "proc/self/statm": "1000 500 100 10 0 800 0\n",
     }
-    for name, text in {**proc, **{f"sys/fs/cgroup/{k}": v for k, v in files.items()}}.items():
+    for name, text in {
+        **proc,
+        **{f"sys/fs/cgroup/{k}": v for k, v in (files or {}).items()},
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
