@@ -11,8 +11,8 @@ import slowfast_forms
 import tiny
 import video_forms
 import vidlm
-from straight import answers, ask, asked, nothing_is_held, run_out, straight, whole_logits
-from vidlm.engine import Engine, EngineOptions, generate
+from straight import Stepped, answers, ask, asked, nothing_is_held, run_out, straight, whole_logits
+from vidlm.engine import EngineOptions, generate
 from vidlm.engine.store import block_bytes
 from vidlm.models.base import Prompt
 
@@ -70,8 +70,8 @@ def wanted(lm: vidlm.LM, prompts: list[Prompt]) -> list[list[int]]:
     return [straight(lm.model, asked(each, NEW)) for each in prompts]
 
 
-def engine_of(lm: vidlm.LM, blocks: int, **how: Any) -> Engine:
-    return Engine(lm.model, options=EngineOptions(kv_bytes=blocks * block_bytes(lm.model), **how))
+def engine_of(lm: vidlm.LM, blocks: int, **how: Any) -> Stepped:
+    return Stepped(lm.model, options=EngineOptions(kv_bytes=blocks * block_bytes(lm.model), **how))
 
 
 def most_blocks(prompts: list[Prompt]) -> int:

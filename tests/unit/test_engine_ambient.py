@@ -14,10 +14,20 @@ from torch import Tensor
 
 import video_forms
 import vidlm
-from families import FAMILIES, write_family
+from family_forms import FAMILIES, write_family
 from saved_files import read
-from straight import about, answers, asked, nothing_is_held, run_out, straight, text, tiny_model
-from vidlm.engine import Engine, EngineOptions, Request, Token, generate, run
+from straight import (
+    Stepped,
+    about,
+    answers,
+    asked,
+    nothing_is_held,
+    run_out,
+    straight,
+    text,
+    tiny_model,
+)
+from vidlm.engine import EngineOptions, Request, Token, generate, run
 from vidlm.engine.store import block_bytes
 from vidlm.models.base import VideoModel
 from vidlm.types import SamplingParams
@@ -125,8 +135,8 @@ def model() -> VideoModel:
 
 
 @pytest.fixture
-def engine(model: VideoModel) -> Engine:
-    return Engine(model, options=EngineOptions(kv_bytes=100 * block_bytes(model), chunk=24))
+def engine(model: VideoModel) -> Stepped:
+    return Stepped(model, options=EngineOptions(kv_bytes=100 * block_bytes(model), chunk=24))
 
 
 @contextmanager
@@ -165,7 +175,9 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 @pytest.mark.parametrize("state", list(STATES))
-def test_who_computes_a_step_changes_nothing(model: VideoModel, engine: Engine, state: str) -> None:
+def test_who_computes_a_step_changes_nothing(
+    model: VideoModel, engine: Stepped, state: str
+) -> None:
     """Of requests that were submitted before, without any of it."""
     wanted = [straight(model, request) for request in REQUESTS]
     numbers = [engine.add(request) for request in REQUESTS]
@@ -178,7 +190,7 @@ def test_who_computes_a_step_changes_nothing(model: VideoModel, engine: Engine, 
 
 @pytest.mark.parametrize("state", [name for name in STATES if name != "autocast"])
 def test_who_submits_changes_nothing_but_by_autocast(
-    model: VideoModel, engine: Engine, state: str
+    model: VideoModel, engine: Stepped, state: str
 ) -> None:
     wanted = [straight(model, request) for request in REQUESTS]
     with STATES[state]():
@@ -190,7 +202,7 @@ def test_who_submits_changes_nothing_but_by_autocast(
         assert list(generate(model, [REQUESTS[0]])[0].ids) == wanted[0]
 
 
-def test_a_step_for_requests_with_and_without_autocast(model: VideoModel, engine: Engine) -> None:
+def test_a_step_for_requests_with_and_without_autocast(model: VideoModel, engine: Stepped) -> None:
     """Each is computed under its own, in the same steps, whoever computes them."""
     wanted = [straight(model, request) for request in REQUESTS]
     with autocast():
@@ -205,7 +217,7 @@ def test_a_step_for_requests_with_and_without_autocast(model: VideoModel, engine
     assert nothing_is_held(engine)
 
 
-def test_threads_with_and_without_autocast(model: VideoModel, engine: Engine) -> None:
+def test_threads_with_and_without_autocast(model: VideoModel, engine: Stepped) -> None:
     wanted = [straight(model, request) for request in REQUESTS]
     errors: list[BaseException] = []
     found: dict[int, Sequence[int]] = {}
@@ -229,7 +241,7 @@ def test_threads_with_and_without_autocast(model: VideoModel, engine: Engine) ->
     assert nothing_is_held(engine)
 
 
-def test_features_are_those_of_the_thread_that_asks(model: VideoModel, engine: Engine) -> None:
+def test_features_are_those_of_the_thread_that_asks(model: VideoModel, engine: Stepped) -> None:
     media = REQUESTS[0].prompt.media
     plain: list[Tensor] = [encoded.tokens for encoded in engine.features(media)]
     with autocast():

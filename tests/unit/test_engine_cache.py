@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 import tiny
-from straight import about, ask, asked, frame, nothing_is_held, run_out, straight, text, tiny_model
-from vidlm.engine import Engine, EngineOptions, generate
+from straight import (
+    Stepped,
+    about,
+    ask,
+    asked,
+    frame,
+    nothing_is_held,
+    run_out,
+    straight,
+    text,
+    tiny_model,
+)
+from vidlm.engine import EngineOptions, generate
 from vidlm.engine.features import FeatureCache
 from vidlm.engine.options import BLOCK
 from vidlm.engine.store import block_bytes
@@ -29,8 +40,8 @@ def model() -> VideoModel:
     return tiny_model()
 
 
-def small(model: VideoModel, blocks: int = 100, **how: Any) -> Engine:
-    return Engine(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
+def small(model: VideoModel, blocks: int = 100, **how: Any) -> Stepped:
+    return Stepped(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import video_forms
 import vidlm
-from families import FAMILIES, write_family
+from family_forms import FAMILIES, write_family
 from saved_files import metadata, read
 from straight import nothing_is_held
 from vidlm.engine import EngineOptions

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import video_forms
 import vidlm
-from families import write_family
+from family_forms import write_family
 from saved_files import metadata, put, read, rewrite
 from vidlm.errors import InvalidArgument, VidlmError
 

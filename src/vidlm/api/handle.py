@@ -88,7 +88,7 @@ class VideoHandle:
         here = tuple(_on_device(item, lm) for item in media)
         prompt = Prompt(index.prompt, here)
         try:
-            PromptInputs(lm.model, prompt, None)
+            PromptInputs(lm.model, prompt)
         except InvalidArgument as error:
             raise damaged(path, error) from error
         if layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vidlm.engine.aio import AsyncEngine
-from vidlm.engine.engine import Engine
+from vidlm.engine.engine import Engine, Handle
 from vidlm.engine.loop import generate, prefix_kv, run
 from vidlm.engine.options import EngineOptions, EngineStats
 from vidlm.engine.request import Failure, Output, Request, Token
@@ -15,6 +15,7 @@ __all__ = [
     "EngineOptions",
     "EngineStats",
     "Failure",
+    "Handle",
     "Output",
     "Request",
     "Timings",

@@ -64,6 +64,9 @@ class Group:
     pending   choices that begin when the prompt is prefilled
     encoding  of its media, once it has begun
     autocast  of the thread that submitted it, under which all of it is computed
+    budget    new tokens that each of its answers may get
+    keys      of the prompt's full blocks, and `root` where their chain begins; empty where nothing
+              is shared
     """
 
     id: int
@@ -71,6 +74,9 @@ class Group:
     inputs: PromptInputs
     timings: Timings
     autocast: Autocast
+    budget: int
+    keys: tuple[bytes, ...]
+    root: bytes
     answers: dict[int, Answer] = field(default_factory=dict)
     pending: list[int] = field(default_factory=list)
     encoding: Generator[None, None, None] | None = None

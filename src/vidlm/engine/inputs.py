@@ -18,21 +18,25 @@ from vidlm.nn.upload import upload
 class PromptInputs:
     """What a prompt's tokens are embedded as, chunk by chunk.
 
-    With a cache, features come from there where they can, and go there when they are made, under
-    keys that begin with `tag`: what besides the media they depend on. Raises InvalidArgument where
-    placeholders and media do not fit each other.
+    With a cache (`use`), features come from there where they can, and go there when they are made,
+    under keys that begin with `tag`: what besides the media they depend on. Raises InvalidArgument
+    where placeholders and media do not fit each other.
     """
 
-    def __init__(
-        self, model: VideoModel, prompt: Prompt, cache: FeatureCache | None, tag: bytes = b""
-    ) -> None:
-        self._model, self._prompt, self._cache, self._tag = model, prompt, cache, tag
+    def __init__(self, model: VideoModel, prompt: Prompt, tag: bytes = b"") -> None:
+        self._model, self._prompt, self._tag = model, prompt, tag
+        self._cache: FeatureCache | None = None
         self._ids = torch.tensor(prompt.ids, dtype=torch.int64, device="cpu")
         self._places = _places(model, self._ids, prompt.media)
         self._features: list[Encoded | None] = [None for _ in prompt.media]
         self._memory: Memory | None = None
         self._readers: Tensor | None = None
         self._was_read = False  # whether a token that attends to the memory was computed
+        self.recall()
+
+    def use(self, cache: FeatureCache) -> None:
+        """Share features with other prompts from here on."""
+        self._cache = cache
         self.recall()
 
     def recall(self) -> bool:

@@ -65,7 +65,7 @@ def run(
     timings = timings if timings is not None else Timings()
     with _memory(model, options) as empty:
         engine = Engine(model, tokenizer=tokenizer, options=options, empty=empty)
-        yield from engine.follow([engine.add(request, timings) for request in requests])
+        yield from engine.stream_all(requests, timings)  # numbered as they are submitted
 
 
 def prefix_kv(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vidlm.nn.upload import upload
 from vidlm.types import SamplingParams
 
 # Scores beyond it mean the same, and even divided by the least temperature they stay finite.
@@ -65,7 +66,7 @@ class Sampler:
         self._remembers = params.repetition_penalty != 1
         # Thousands of a prompt's ids are one and the same placeholder: once is enough.
         known = set(prompt_ids) if self._remembers else ()
-        self._seen = torch.tensor([*known], dtype=torch.int64, device=device)
+        self._seen = upload(torch.tensor([*known], dtype=torch.int64), device)
         self._generator: torch.Generator | None = None
         if params.temperature > 0 and params.seed is not None:
             self._generator = torch.Generator(device).manual_seed((params.seed + choice) % 2**63)
