@@ -88,7 +88,7 @@ def decoded(
 def inputs_of(model: VideoModel, prompt: Prompt) -> PromptInputs:
     """With all media encoded."""
     assert not model.has_memory
-    inputs = PromptInputs(model, prompt, None)
+    inputs = PromptInputs(model, prompt)
     finished(inputs.encoding())
     return inputs
 

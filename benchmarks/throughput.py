@@ -23,6 +23,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +71,12 @@ class Served:
 
 def serve(engine: Engine, requests: Sequence[Request]) -> Served:
     began = perf_counter()
-    numbers = [engine.add(request) for request in requests]
-    ids: dict[int, list[int]] = {number: [] for number in numbers}
-    times: dict[int, list[float]] = {number: [] for number in numbers}
-    for token in engine.follow(numbers):
+    ids: dict[int, list[int]] = defaultdict(list)
+    times: dict[int, list[float]] = defaultdict(list)
+    for token in engine.stream_all(requests):  # numbered in their order
         ids[token.request].append(token.id)
         times[token.request].append(perf_counter() - began)
+    ids, times = dict(sorted(ids.items())), dict(sorted(times.items()))
     return Served(tuple(map(tuple, ids.values())), tuple(map(tuple, times.values())))
 
 

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "src" / "vidlm"
 # Lowest first. A module imports from its own layer or from a lower one. "" is vidlm/__init__.py.
 LAYERS = (
     ("errors", "types"),
-    ("media", "download", "hub", "text"),
+    ("files",),
+    ("media", "download", "foreign", "hub", "text"),
     ("native",),
     ("nn", "vision", "weights"),
     ("models", "quant"),
@@ -32,7 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "media",
-        ("download", "hub", "text"),
+        ("download", "foreign", "hub", "text"),
         (),
     ),  # a decode worker imports vidlm.media and nothing more
     ("nn", ("vision", "weights"), ()),
@@ -43,7 +44,7 @@ APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 # submodule; the next ones with their submodules; and what a single application needs besides.
 APPLICATIONS = ("server", "batch", "train", "demo", "cli")
 DOORS = ("", "api", "plan", "engine", "hf")
-OPEN = ("media", "types", "errors")
+OPEN = ("media", "types", "errors", "files")
 ALSO = {
     "train": ("models", "nn"),
     "demo": ("hub", "text"),
@@ -52,7 +53,8 @@ ALSO = {
 }
 
 NEVER = ("transformers", "torchvision")  # oracles of the tests
-LIGHT = ("errors", "types", "media", "download", "hub", "text")  # usable before, or without, torch
+# usable before, or without, torch
+LIGHT = ("errors", "types", "files", "media", "download", "foreign", "hub", "text")
 TORCH_FREE = (*LIGHT, "engine.request", "engine.blocks", "engine.scheduler", "engine.sequence")
 
 # By the start of a path, the first that fits.
@@ -66,6 +68,7 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 # "module:qualified.name" -> the documented external signature that it mirrors.
 EXEMPT: dict[str, str] = {
+    "api.lm:load": "what a model is loaded with, each by its own keyword",
     "media.video:load_video": "every rule of frame choice by its own keyword",
 }
 
@@ -313,6 +316,51 @@ def prints(source: Source) -> Iterator[str]:
         match node:
             case ast.Call(func=ast.Name(id="print")):
                 yield source.at(node, "prints; the library logs")
+
+
+# What torch makes in the process' default dtype, which any thread may change at any time.
+ALLOCATORS = {"empty", "empty_strided", "eye", "full", "ones", "rand", "randn", "normal", "zeros"}
+CONVERTERS = {"arange", "as_tensor", "asarray", "linspace", "logspace", "range", "tensor"}
+CREATORS = {*ALLOCATORS, *CONVERTERS, "scalar_tensor"}
+TYPED_BY_DEFAULT = {"Tensor", "FloatTensor"}  # take no dtype at all
+CREATING = CREATORS | TYPED_BY_DEFAULT
+
+
+def leaves_dtype_to_torch(source: Source) -> Iterator[str]:
+    taken = {i.name for i in imports(source) if i.module == "torch"} & CREATORS
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
+                is_creator = name in CREATING
+            case ast.Call(func=ast.Name(id=name)):
+                is_creator = name in taken
+            case _:
+                continue
+        has_dtype = name in CREATORS and any(word.arg == "dtype" for word in node.keywords)
+        if is_creator and not has_dtype:
+            yield source.at(node, f"torch.{name} without dtype depends on the process' default")
+
+
+def writes_in_place(source: Source) -> Iterator[str]:
+    """A file that is written where it shall be is lost when that fails; `partial`, which
+    `files.replaced` gives, is none."""
+    if source.module == "files":
+        return
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Call() if called(node) in ("write_text", "mkstemp", "NamedTemporaryFile"):
+                yield source.at(node, f"{called(node)}; vidlm.files writes whole files")
+            case ast.Call(args=args, keywords=words) if called(node) == "open":
+                modes = [*args, *(word.value for word in words if word.arg == "mode")]
+                if any(map(is_for_writing, modes)) and "partial" not in ast.unparse(node):
+                    yield source.at(node, "opens for writing; vidlm.files writes whole files")
+
+
+def is_for_writing(mode: ast.expr) -> bool:
+    match mode:
+        case ast.Constant(value=str(text)):
+            return bool(text) and set(text) <= set("rwaxbt+") and bool(set(text) & set("wax"))
+    return False
 
 
 def starts_undocumented(source: Source) -> Iterator[str]:

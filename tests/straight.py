@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import tiny
 from vidlm import LlavaForConditionalGeneration
-from vidlm.engine import Engine, Failure, Request, Token
+from vidlm.engine import Engine, Failure, Handle, Request, Timings, Token
 from vidlm.hf import LlavaConfig
 from vidlm.models.base import Media, Prompt, VideoModel, insert, memory_of
 from vidlm.nn.step import packed
@@ -81,6 +82,33 @@ def straight(model: VideoModel, request: Request) -> list[int]:
     return answer
 
 
+class Stepped(Engine):
+    """An engine whose steps a test makes one by one, with requests by number."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._events: list[Token | Failure] = []
+        self._handles: dict[int, Handle] = {}
+
+    def add(self, request: Request, timings: Timings | None = None) -> int:
+        handle = self.submit(request, lambda event: self._events.append(event), timings)
+        self._handles[handle.id] = handle
+        return handle.id
+
+    def events(self) -> list[Token | Failure]:
+        """A step, and what came since the last one."""
+        self.step()
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def idle(self) -> bool:
+        return super().idle and not self._events
+
+    def abort(self, number: int) -> None:
+        self._handles[number].cancel()
+
+
 def answers(events: Iterable[Token | Failure]) -> dict[tuple[int, int], list[int]]:
     """New ids by request and choice."""
     found: dict[tuple[int, int], list[int]] = {}
@@ -91,12 +119,12 @@ def answers(events: Iterable[Token | Failure]) -> dict[tuple[int, int], list[int
     return found
 
 
-def run_out(engine: Engine) -> list[Token | Failure]:
+def run_out(engine: Stepped) -> list[Token | Failure]:
     """All that comes until nothing is to be done."""
     events: list[Token | Failure] = []
     steps = 0
     while not engine.idle:
-        events += engine.step()
+        events += engine.events()
         steps += 1
         assert steps < 5000, "the engine makes no headway"
     return events

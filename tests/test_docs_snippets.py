@@ -28,7 +28,7 @@ from vidlm.hf import DEMO, find
 GUIDE = Path("seeds") / "000_9de32104b0c12442.txt"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
-VIDEO = re.compile(r"(?:https?://[\w./-]+/)?([\w-]+)\.(?:mp4|mov|mkv|webm)")
+VIDEO = re.compile(r"(?:https?://[\w./-]+/|vidlm-demo/)?([\w-]+)\.(?:mp4|mov|mkv|webm)")
 STILL = re.compile(r"(?:https?://[\w./-]+/)?([\w-]+)\.(?:png|jpg|jpeg)")
 HUB_NAME = re.compile(r'"llava-hf/[\w.-]+"')
 
@@ -64,6 +64,7 @@ def write_clips(*paths: Path) -> None:
     """Clips of a pair, in turn: two things that do nearly the same."""
     one, two, _ = draw_pair(np.random.default_rng(0))
     for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
         write_mp4((one, two)[number % 2], path)
 
 

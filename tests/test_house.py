@@ -75,6 +75,14 @@ def test_the_library_does_not_print() -> None:
     hold(house.prints, "src/vidlm")
 
 
+def test_tensors_are_made_of_a_named_dtype() -> None:
+    hold(house.leaves_dtype_to_torch, "src/vidlm")
+
+
+def test_files_are_written_whole_or_not_at_all() -> None:
+    hold(house.writes_in_place, "src/vidlm")
+
+
 def test_files_start_with_a_docstring() -> None:
     hold(house.starts_undocumented, "src/vidlm")
 
@@ -171,6 +179,16 @@ BAD = [
     (house.swallows_errors, "hub", "try:\n    x()\nexcept:\n    raise"),
     (house.swallows_errors, "hub", "with contextlib.suppress(Exception):\n    x()"),
     (house.prints, "hub", "def f():\n    print('x')"),
+    (house.leaves_dtype_to_torch, "native/ops", "scratch = torch.empty(n)"),
+    (house.leaves_dtype_to_torch, "native/ops", "scratch = torch.zeros((n, m), device='cpu')"),
+    (house.leaves_dtype_to_torch, "native/ops", "x = f(torch.tensor([0.5]).to(device))"),
+    (house.leaves_dtype_to_torch, "native/ops", "from torch import full\nx = full((n,), 0.0)"),
+    (house.leaves_dtype_to_torch, "native/ops", "x = torch.Tensor(3, 4)"),
+    (house.leaves_dtype_to_torch, "native/ops", "x = torch.arange(0, 1, 0.1, **options)"),
+    (house.writes_in_place, "hf/model", "(folder / 'config.json').write_text(text)"),
+    (house.writes_in_place, "hf/model", "with path.open('wb') as file: pass"),
+    (house.writes_in_place, "hf/model", "with open(path, mode='a') as file: pass"),
+    (house.writes_in_place, "hf/model", "handle, path = tempfile.mkstemp()"),
     (house.starts_undocumented, "nn/__init__", ""),
     (house.starts_undocumented, "hub", "# a comment\nimport os"),
 ]
@@ -202,6 +220,12 @@ GOOD = [
     (house.swallows_errors, "hub", SWALLOW.format("OSError", "pass")),
     (house.prints, "demo/show", "print('x')"),
     (house.prints, "cli", "print('x')"),
+    (house.leaves_dtype_to_torch, "native/ops", "scratch = torch.empty(n, dtype=torch.float32)"),
+    (house.leaves_dtype_to_torch, "native/ops", "x = torch.empty_like(y)\nz = y.new_empty(3)"),
+    (house.leaves_dtype_to_torch, "native/ops", "x = arena.empty(3)\ny = np.zeros(3)"),
+    (house.leaves_dtype_to_torch, "native/ops", "def f(empty=torch.empty): return empty(3)"),
+    (house.writes_in_place, "hf/model", "with path.open('rb') as file: pass\nopen('wax.mp4')"),
+    (house.writes_in_place, "files", "with open(path, 'ab') as file: pass"),
     (house.starts_undocumented, "hub", '"""Files of a checkpoint."""'),
 ]
 

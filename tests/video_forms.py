@@ -40,6 +40,13 @@ PADS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
 CROPPED = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}{{ 'assistant: ' }}"
+)
+
 
 @dataclass(frozen=True)
 class Form:
@@ -71,6 +78,12 @@ class Form:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         kwargs = {"image_processor": images, "video_processor": videos, "tokenizer": tokenizer}
         return self.named("Processor")(**kwargs, **self.words)
+
+    @property
+    def template(self) -> str:
+        """A chat template that names its placeholders."""
+        named = TEMPLATE.replace("'<image>'", repr(self.image))
+        return named.replace("'<video>'", repr(self.video))
 
     def write(self, folder: Path) -> Path:
         """A whole checkpoint as transformers 5 writes it, the processor's files as the hub has

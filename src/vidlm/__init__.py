@@ -4,6 +4,7 @@
     print(lm.ask("clip.mp4", "What happens?").text)
 
 Names are looked up when they are first used: `import vidlm` loads neither torch nor a model.
+Modules with more of them: vidlm.api, vidlm.engine, vidlm.errors, vidlm.media, vidlm.types.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidlm.api import LM, Answer, AnswerStream, Chat, VideoHandle, load
-    from vidlm.engine import AsyncEngine, Engine, EngineOptions
+    from vidlm import api as api
+    from vidlm import engine as engine
+    from vidlm import errors as errors
+    from vidlm import media as media
+    from vidlm import types as types
+    from vidlm.api import LM, Answer, AnswerStream, Chat, Progress, VideoHandle, load
+    from vidlm.engine import AsyncEngine, Engine, EngineOptions, Request
     from vidlm.errors import VidlmError
     from vidlm.hf import (
         AutoConfig,
@@ -58,12 +64,13 @@ if TYPE_CHECKING:
         VideoMetadata,
     )
     from vidlm.media import Video, load_video, replace_video_with_images, sample_frames
+    from vidlm.types import SamplingParams
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "vidlm.api": ("LM", "Answer", "AnswerStream", "Chat", "VideoHandle", "load"),
-    "vidlm.engine": ("AsyncEngine", "Engine", "EngineOptions"),
+    "vidlm.api": ("LM", "Answer", "AnswerStream", "Chat", "Progress", "VideoHandle", "load"),
+    "vidlm.engine": ("AsyncEngine", "Engine", "EngineOptions", "Request"),
     "vidlm.errors": ("VidlmError",),
     "vidlm.hf": (
         "AutoConfig",
@@ -108,7 +115,9 @@ _PLACES = {
         "VideoMetadata",
     ),
     "vidlm.media": ("Video", "load_video", "replace_video_with_images", "sample_frames"),
+    "vidlm.types": ("SamplingParams",),
 }
+_MODULES = ("api", "engine", "errors", "media", "types")
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
@@ -137,7 +146,10 @@ __all__ = [
     "LlavaNextVideoVideoProcessor",
     "LlavaProcessor",
     "LlavaQwenSlowFastForCausalLM",
+    "Progress",
     "QuantoConfig",
+    "Request",
+    "SamplingParams",
     "SlowFastConfig",
     "SlowFastProcessor",
     "TextIteratorStreamer",
@@ -170,10 +182,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"vidlm.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vidlm' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted((*globals(), *__all__))
+    return sorted((*__all__, *_MODULES, "__version__"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from vidlm.download import PICKLES, Wanted, snapshot
 from vidlm.errors import (
@@ -22,6 +22,7 @@ from vidlm.errors import (
     UnsupportedModel,
     WeightsError,
 )
+from vidlm.foreign import explain_missing_config, refuse_foreign
 
 INDEX = "model.safetensors.index.json"
 
@@ -120,14 +121,17 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
-    """The folder's config.json, as it stands."""
+    """The folder's config.json, as it stands.
+
+    Raises ModelError where there is none, UnsupportedModel where it is of another layout, saying
+    what the folder is.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelError(
-            f"{Path(folder)} has no config.json, so it is not a checkpoint; "
-            "pass the folder that holds config.json and the weights"
-        )
-    return read_json(path)
+        raise explain_missing_config(Path(folder))
+    config = read_json(path)
+    refuse_foreign(Path(folder), config)
+    return config
 
 
 def weight_files(folder: str | PathLike[str]) -> dict[str, Path]:
@@ -231,21 +235,26 @@ def read_safetensors_header(path: str | PathLike[str]) -> dict[str, TensorEntry]
     path = Path(path)
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise _broken(path, f"a header of {length} bytes in a file of {size}")
-            raw = file.read(length)
+            return read_open_header(file, path, MAX_HEADER_BYTES)[0]
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error}; download the file again") from error
-    entries = {
-        name: _entry(path, name, info, 8 + length)
-        for name, info in _header_json(path, raw).items()
-        if name != "__metadata__"
-    }
+
+
+def read_open_header(
+    file: BinaryIO, path: Path, limit: int
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """`read_safetensors_header` of an open file, and its metadata; the header takes at most `limit`
+    bytes. Raises WeightsError, OSError."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, limit):
+        raise _broken(path, f"a header of {length} bytes in a file of {size}")
+    header = _header_json(path, file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
     _check_contiguous(path, entries, 8 + length, size)
-    return entries
+    return entries, metadata
 
 
 def _header_json(path: Path, raw: bytes) -> dict[str, Any]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vidlm.errors import InvalidArgument
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
+GREEDY_BELOW = 1e-5  # a temperature: logits divided by less than that may overflow (as in vLLM)
+MAX_LENGTH_PENALTY = 32  # so that no length to this power overflows
 
 
-class FinishReason(Enum):
+class FinishReason(StrEnum):
     """Why an answer ended."""
 
     STOP = "stop"  # an end-of-sequence token or a stop string
@@ -23,14 +30,14 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    Greedy unless `temperature` is above 0. The filters apply in this order: repetition penalty,
-    min_new_tokens, temperature, top_k, top_p, min_p (the order of transformers' logits
-    processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1` are off.
-    `seed=None` draws from torch's global generator. `n` asks for as many answers, of which each
-    draws with a seed one higher. `logprobs` asks for the log-probability of each token, and of so
-    many of the likeliest beside it.
+    Greedy unless `temperature` is at least 1e-5; below, it becomes 0. The filters apply in this
+    order: repetition penalty, min_new_tokens, temperature, top_k, top_p, min_p (the order of
+    transformers' logits processors). `top_k=0`, `top_p=1`, `min_p=0` and `repetition_penalty=1`
+    are off. `seed=None` draws from torch's global generator. `n` asks for as many answers, of
+    which each draws with a seed one higher. `logprobs` asks for the log-probability of each token,
+    and of so many of the likeliest beside it.
 
-    Raises InvalidArgument on a value out of range.
+    Raises InvalidArgument on a value of another type or out of range.
     """
 
     max_new_tokens: int = 256
@@ -50,18 +57,22 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in type_hints(SamplingParams).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
+        if 0 <= self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._check(
             "min_new_tokens",
             0 <= self.min_new_tokens <= self.max_new_tokens,
             f"from 0 to max_new_tokens ({self.max_new_tokens})",
         )
-        finite = math.isfinite(self.temperature)
-        self._check("temperature", finite and self.temperature >= 0, "0 (greedy) or more")
+        self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
         self._check("top_k", self.top_k >= 0, "0 (off) or more")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
         self._check("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off")
+        positive = 0 < self.repetition_penalty < math.inf
+        self._check("repetition_penalty", positive, "above 0, and finite; 1 is off")
         self._check("num_beams", self.num_beams >= 1, "at least 1")
         self._check("n", 1 <= self.n <= MAX_CHOICES, f"from 1 to {MAX_CHOICES}")
         self._check(
@@ -70,7 +81,8 @@ class SamplingParams:
             f"None, or from 0 to {MAX_LOGPROBS} likeliest tokens beside the chosen one",
         )
         self._check("stop", all(self.stop), "non-empty strings")
-        self._check("length_penalty", math.isfinite(self.length_penalty), "a finite number")
+        most = MAX_LENGTH_PENALTY
+        self._check("length_penalty", abs(self.length_penalty) <= most, f"from -{most} to {most}")
         in_range = self.seed is None or 0 <= self.seed < 2**63
         self._check("seed", in_range, "None, or from 0 to 2**63 - 1")
         if self.num_beams > 1 and self.temperature > 0:
@@ -110,3 +122,44 @@ class Usage:
     prompt_tokens: int
     media_tokens: int
     completion_tokens: int
+
+
+KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+MANY = {int: "whole numbers", float: "numbers", str: "texts", float | str: "numbers or texts"}
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, which is a type like those of SamplingParams' fields: numbers of other
+    libraries become Python's. Raises InvalidArgument, naming what is allowed."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for each in kinds:
+        try:
+            return _converted(value, each)
+        except (TypeError, ValueError):
+            continue
+    allowed = " or ".join(KINDS.get(each) or _plural(each) for each in kinds)
+    raise InvalidArgument(f"{name}={value!r}; allowed: {allowed}")
+
+
+@lru_cache
+def type_hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _plural(kind: Any) -> str:
+    return "None" if kind is NoneType else f"a list of {MANY[get_args(kind)[0]]}"
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if kind in (NoneType, bool, str):
+        if isinstance(value, kind):
+            return value
+    elif kind is int:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    elif kind is float:
+        if not isinstance(value, bool | str | bytes) and math.isfinite(value):
+            return value if isinstance(value, int | float) else float(value)
+    elif isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping):
+        return tuple(_converted(each, get_args(kind)[0]) for each in value)
+    raise TypeError

@@ -8,7 +8,9 @@ translated by the family's rename table; a missing, left-over or misshapen tenso
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +18,17 @@ from hashlib import blake2b
 from itertools import chain
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidlm.errors import UnsupportedModel, WeightsError
+from vidlm.files import Replacement, make_folder
 from vidlm.hub import INDEX, TensorEntry, read_safetensors_header, weight_files
 from vidlm.native import LargePages
 
@@ -48,20 +53,30 @@ class Renames:
 
     table    (regular expression, replacement), tried in order; the first that matches is applied
     ignored  names of tensors that checkpoints carry and no forward pass reads
+    written  as `table`, from the module's names to those of published files, which `save` writes
     """
 
     table: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    written: tuple[tuple[str, str], ...] = ()
 
     def name(self, stored: str) -> str | None:
         """The parameter a stored tensor belongs to, or None where it is known to be unused."""
         if any(re.search(pattern, stored) for pattern in self.ignored):
             return None
-        for pattern, replacement in self.table:
-            renamed, hits = re.subn(pattern, replacement, stored, count=1)
-            if hits:
-                return renamed
-        return stored
+        return _renamed(stored, self.table)
+
+    def published(self, name: str) -> str:
+        """The name that published files have for a parameter."""
+        return _renamed(name, self.written)
+
+
+def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in table:
+        renamed, hits = re.subn(pattern, replacement, name, count=1)
+        if hits:
+            return renamed
+    return name
 
 
 @dataclass(frozen=True)
@@ -125,42 +140,66 @@ def load(
         _assign(model, alias, model.get_parameter(name))
 
 
-def save(model: nn.Module, folder: Path, *, shard: int = SHARD) -> None:
+def save(
+    model: nn.Module,
+    folder: Path,
+    renames: Renames | None = None,
+    *,
+    shard: int = SHARD,
+    beside: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write parameters and buffers as safetensors, in several files with an index past `shard`
-    bytes.
+    bytes, under the names that `renames` says published files have, and the texts of `beside`,
+    which belong to the same checkpoint, under their names.
 
-    Weights under these names that were in the folder before are gone afterwards.
+    Older weights in the folder stay until the new ones are on the disk, which needs room for both;
+    then they are removed. Raises OutputError, and leaves the folder as it was, on any failure.
     """
     named = chain(model.named_parameters(), _buffers(model))
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in named}
+    published = (renames or Renames()).published
+    tensors = {published(name): tensor.detach().contiguous().cpu() for name, tensor in named}
     groups = _shards(tensors, shard)
-    # Left in place, an index or the files of another division would be read instead of these.
-    for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):
-        for old in folder.glob(pattern):
-            old.unlink()
-    if len(groups) == 1:
-        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-        return
-    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    for name, group in zip(names, groups, strict=True):
-        save_file(group, folder / name, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": {k: n for n, group in zip(names, groups, strict=True) for k in group},
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    count = len(groups)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [SINGLE]
+    with Replacement(make_folder(folder)) as files:
+        # Left in place, an index or the files of another division would be read instead of these.
+        for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):
+            for old in folder.glob(pattern):
+                files.drop(old)
+        for name, group in zip(names, groups, strict=True):
+            write_tensors(group, files.new(name), {"format": "pt"})
+        if count > 1:
+            places = {k: n for n, group in zip(names, groups, strict=True) for k in group}
+            size = {"total_size": sum(t.nbytes for t in tensors.values())}
+            index = {"metadata": size, "weight_map": places}
+            files.write({INDEX: json.dumps(index, indent=2) + "\n"})
+        files.write(beside)
 
 
-def fingerprint(model: nn.Module) -> str:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file. Raises OSError where it cannot be written."""
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:  # tells the number of the system's error in its words alone
+        code = re.search(r"(?:code: |os error )(\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        reason = os.strerror(number) if code else str(error)
+        raise OSError(number, reason, str(path)) from error
+
+
+def fingerprint(model: nn.Module, renames: Renames | None = None) -> str:
     """32 hexadecimal digits that stand for a model's numbers, and take about as long as reading
-    them once. Names, shapes and dtypes count; config.json does not.
+    them once. Names as published files have them, shapes and dtypes count; config.json does not.
 
     The bits are taken as 64-bit words, of which each run of 128 is added up, past 64 bits from 0
     again, and the sums are hashed in order. No single number can differ without its run's sum, and
     no two change places but within a run; as nothing is rounded, no order of adding matters.
     """
     hashed = blake2b(digest_size=16)
-    named = chain(model.named_parameters(), model.named_buffers())
+    published = (renames or Renames()).published
+    pairs = chain(model.named_parameters(), model.named_buffers())
+    named = [(published(name), tensor) for name, tensor in pairs]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         hashed.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         for sums in _sums(tensor.detach()):
@@ -333,12 +372,14 @@ class _Room:
     two tensors that stay would leave holes, into which larger ones do not fit."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(CHUNK, dtype=torch.uint8)  # no memory before it is written
+        self._memory = torch.empty(
+            CHUNK, dtype=torch.uint8, device="cpu"
+        )  # no memory before it is written
 
     def of(self, numbers: int, dtype: torch.dtype) -> Tensor:
         size = numbers * dtype.itemsize
         if len(self._memory) < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[:size].view(dtype)
 
 

@@ -15,9 +15,9 @@ import slowfast_forms
 import tiny
 import video_forms
 import vidlm
-from straight import about, asked, run_out, text
+from straight import Stepped, about, asked, run_out, text
 from straight import answers as said
-from vidlm.engine import Engine, EngineOptions
+from vidlm.engine import EngineOptions
 from vidlm.engine.graphs import CudaCapture, Graphs
 from vidlm.nn import attention
 from vidlm.nn.upload import refill, upload
@@ -134,11 +134,11 @@ def test_recordings_in_company(folders: dict[str, Path], kv_dtype: str | None) -
     found = []
     for graphs in (False, True):
         how = EngineOptions(kv_bytes=64 << 20, kv_dtype=kv_dtype, cuda_graphs=graphs)
-        engine = Engine(model, options=how)
+        engine = Stepped(model, options=how)
         numbers, events = [], []
         for request in requests:
             numbers.append(engine.add(request))
-            events += [event for _ in range(3) for event in engine.step()]
+            events += [event for _ in range(3) for event in engine.events()]
         tokens = said(events + run_out(engine))
         found.append([tokens[number, 0] for number in numbers])
     assert found[0] == found[1]

@@ -23,7 +23,7 @@ from vidlm.nn.attention import attend_all
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FAMILIES = ("llava", "slow-fast", *video_forms.FORMS)
-LAYERS = "language_model.model.layers"
+LAYERS = "model.language_model.layers"
 IDS = torch.arange(20, 60)[None]
 
 

@@ -11,8 +11,8 @@ import slowfast_forms
 import tiny
 import video_forms
 import vidlm
-from straight import answers, ask, asked, nothing_is_held, run_out, straight, whole_logits
-from vidlm.engine import Engine, EngineOptions, generate
+from straight import Stepped, answers, ask, asked, nothing_is_held, run_out, straight, whole_logits
+from vidlm.engine import EngineOptions, generate
 from vidlm.engine.store import block_bytes
 from vidlm.models.base import Prompt
 
@@ -23,12 +23,6 @@ READING = {
     "slowfast, all read": {"cross_attn_implementation": "vanilla", "slow_in_decode": True},
     "slowfast, text behind": {"cross_attn_implementation": "text-only-vanilla-masksystem"},
 }
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ '<video>' }}{% endif %}"
-    "{% endfor %}{{ '\n' }}{% endfor %}{{ 'assistant: ' }}"
-)
 FAMILIES = ("siglip-qwen2-tied", *video_forms.FORMS, *READING)
 
 
@@ -41,10 +35,7 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
         return vidlm.load(tiny.write(folder, tiny.FORMS[name]))
     form = video_forms.FORMS[name]
     made = vidlm.load(form.write(folder))
-    image, video = form.image, form.video
-    made.processor.tokenizer.chat_template = TEMPLATE.replace("'<image>'", repr(image)).replace(
-        "'<video>'", repr(video)
-    )
+    made.processor.tokenizer.chat_template = form.template
     return made
 
 
@@ -79,8 +70,8 @@ def wanted(lm: vidlm.LM, prompts: list[Prompt]) -> list[list[int]]:
     return [straight(lm.model, asked(each, NEW)) for each in prompts]
 
 
-def engine_of(lm: vidlm.LM, blocks: int, **how: Any) -> Engine:
-    return Engine(lm.model, options=EngineOptions(kv_bytes=blocks * block_bytes(lm.model), **how))
+def engine_of(lm: vidlm.LM, blocks: int, **how: Any) -> Stepped:
+    return Stepped(lm.model, options=EngineOptions(kv_bytes=blocks * block_bytes(lm.model), **how))
 
 
 def most_blocks(prompts: list[Prompt]) -> int:

@@ -1,7 +1,7 @@
 """Image processors against transformers: every word of each, every kind of image.
 
-transformers has the image processor of Video-LLaVA with PIL alone, which rounds differently (see
-test_preprocess.py); its torchvision processor of the same words is CLIP's.
+transformers has the image processor of Video-LLaVA with Pillow alone, and so has vidlm; the others
+are compared with its torchvision backend, which is what it takes where torchvision is installed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 import tiny
 from oracle import transformers
+from vidlm.errors import InvalidArgument
 from vidlm.hf.image_processing import (
     ImageProcessor,
     LlavaNextVideoImageProcessor,
@@ -55,9 +57,16 @@ class Pair:
             assert torch.allclose(mine, other.to(mine.dtype), rtol=tolerance, atol=0)
 
 
+def their_video_llava(**words: Any) -> Any:
+    """Theirs takes the layout of its input in a call only."""
+    how = {key: words.pop(key) for key in ("input_data_format",) if key in words}
+    made = transformers.VideoLlavaImageProcessor(**words)
+    return partial(made, **how) if how else made
+
+
 SMALL = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 PAIRS = {
-    "video llava": Pair(VideoLlavaImageProcessor, transformers.CLIPImageProcessor, SMALL),
+    "video llava": Pair(VideoLlavaImageProcessor, their_video_llava, SMALL),
     "next": Pair(
         LlavaNextVideoImageProcessor,
         transformers.LlavaNextImageProcessor,
@@ -93,7 +102,6 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 CLIP_ONLY: dict[str, dict[str, Any]] = {
     "size, a number": {"size": 40},
-    "size, a square": {"size": 28, "default_to_square": True},
     "size, a pair": {"size": [28, 42]},
     "crop_size, a number": {"crop_size": 42},
 }
@@ -112,9 +120,13 @@ PATCH_ONLY: dict[str, dict[str, Any]] = {
     "patch_size": {"patch_size": 7},
     "merge_size": {"merge_size": 2},
 }
+NEXT_ONLY: dict[str, dict[str, Any]] = {
+    "size, a square": {"size": 28, "default_to_square": True},
+}
 WORDS = [
     *((name, word) for name in PAIRS for word in SHARED.items()),
     *((name, word) for name in ("video llava", "next") for word in CLIP_ONLY.items()),
+    *(("next", word) for word in NEXT_ONLY.items()),
     *(("video llava", word) for word in CROP_ONLY.items()),
     *(("videollama3", word) for word in PATCH_ONLY.items()),
 ]
@@ -145,7 +157,8 @@ def test_class_defaults(pair: Pair) -> None:
         other = list(other) if isinstance(mine, list) else other
         if name == "data_format":  # what theirs have anyway
             assert (mine, other) in (("channels_first", None), ("channels_first", "channels_first"))
-        elif name != "default_to_square":  # which means something where a size is given
+        # The one means something where a size is given, the others are in it.
+        elif name not in ("default_to_square", "min_pixels", "max_pixels"):
             assert mine == other, name
 
 
@@ -191,6 +204,12 @@ def test_every_kind_of_image(pair: Pair, kind: str) -> None:
         pair.compare(pair.ours(**pair.words)(images, return_tensors="pt"), dict(theirs), 0)
         return
     floats = "float" in kind or kind == "doubles"
+    if pair.theirs is their_video_llava and ("channel " in kind or "rgba" in kind):
+        with pytest.raises(ValueError, match=r"channel dimension|mean must have"):
+            pair.theirs(**pair.words)(images)
+        shape = pair.ours(**pair.words)(images, return_tensors="pt")["pixel_values_images"].shape
+        assert shape == (1, 3, 28, 28)
+        return
     pair.assert_equal(images, do_rescale=not floats)
 
 
@@ -217,7 +236,7 @@ def test_video_llavas_own_class(layout: str) -> None:
     mine, other = ours["pixel_values_images"], theirs["pixel_values_images"]
     assert isinstance(mine, np.ndarray)
     assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
-    assert np.abs(mine - other).max() < 2 / 255 / 0.26
+    assert np.array_equal(mine, other)
 
 
 SIZES = [{"shortest_edge": 20}, {"height": 31, "width": 17}]
@@ -232,7 +251,7 @@ def test_resize(size: dict[str, int], shape: tuple[int, ...], out: str | None) -
     theirs = transformers.VideoLlavaImageProcessor().resize(image, **how)
     ours = VideoLlavaImageProcessor().resize(image, **how)
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert np.abs(ours.astype(int) - theirs).max() <= 2
+    assert np.array_equal(ours, theirs)
 
 
 def test_resize_of_floats() -> None:
@@ -243,7 +262,9 @@ def test_resize_of_floats() -> None:
     theirs = transformers.VideoLlavaImageProcessor().resize(image, **how)
     ours = VideoLlavaImageProcessor().resize(image, **how)
     assert (ours.shape, ours.dtype) == (theirs.shape, image.dtype)
-    assert np.abs(ours - theirs).max() <= 2 / 255
+    assert np.array_equal(ours.astype(theirs.dtype), theirs)
+    with pytest.raises(InvalidArgument, match=r"floats from 1\.0\d* to 1\."):
+        VideoLlavaImageProcessor().resize(image + 0.9, **how)
 
 
 # ---- files ---------------------------------------------------------------------------------------

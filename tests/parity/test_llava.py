@@ -230,7 +230,7 @@ def test_what_is_saved_is_read_by_both(case: Case, tmp_path: Path) -> None:
     assert torch.equal(again(**inputs).logits, before)
     assert again.config == LlavaConfig.from_dict({**again.config.to_dict(), "dtype": "float32"})
     assert again.generation_config == case.ours.generation_config
-    shared = again.language_model.lm_head.weight is again.get_input_embeddings().weight
+    shared = again.lm_head.weight is again.get_input_embeddings().weight
     assert shared == case.theirs.form.text.get("tie_word_embeddings", False)
 
 

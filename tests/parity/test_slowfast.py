@@ -193,7 +193,7 @@ def test_slow_tokens_are_freed(golden: Path) -> None:
             case.inputs["input_ids"], case.inputs["attention_mask"].bool(), media
         )
         prompt = Prompt(tuple(ids[0].tolist()), tuple(media))
-        inputs, stores = PromptInputs(case.model, prompt, None), Paged([len(prompt.ids)])
+        inputs, stores = PromptInputs(case.model, prompt), Paged([len(prompt.ids)])
         with torch.inference_mode():
             part = Part.of(inputs, prompt.ids, 0, stores.tables[0])
             prefill(case.model, stores.kv, [part])

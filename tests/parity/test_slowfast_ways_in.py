@@ -211,7 +211,7 @@ def test_load_and_ask(folder: Path, path: str) -> None:
     shown = lm.ask(path, "What happens?", max_tokens=6, frames=8)
     assert len(shown.frames) == 8
     assert lm.ask([path, picture(1)], "Alike?", max_tokens=4).usage.media_tokens == 16 + 16
-    assert lm.ask(None, "Who?", max_tokens=4).usage.media_tokens == 0
+    assert lm.chat().ask("Who?", max_tokens=4).usage.media_tokens == 0
     chat = lm.chat(path)
     first, second = chat.ask("What?", max_tokens=3), chat.ask("And then?", max_tokens=3)
     assert second.usage.prompt_tokens > first.usage.prompt_tokens

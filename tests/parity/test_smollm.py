@@ -18,8 +18,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import smollm
 from oracle import difference, transformers
 from smollm import SmolLM, TextModel
-from straight import asked, run_out, whole_logits
-from vidlm.engine import Engine, EngineOptions, Request, Token, generate
+from straight import Stepped, asked, run_out, whole_logits
+from vidlm.engine import EngineOptions, Request, Token, generate
 from vidlm.models.base import Prompt
 
 pytestmark = pytest.mark.download
@@ -151,7 +151,7 @@ def test_bfloat16_in_exact_mode(smol: SmolLM) -> None:
 def together(
     model: TextModel, requests: Sequence[Request], options: EngineOptions
 ) -> list[list[tuple[int, float | None]]]:
-    engine = Engine(model, options=options)
+    engine = Stepped(model, options=options)
     numbers = [engine.add(request) for request in requests]
     events = run_out(engine)
     assert all(isinstance(event, Token) for event in events)

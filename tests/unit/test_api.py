@@ -140,13 +140,13 @@ def test_several_videos_and_images_in_order(lm: vidlm.LM, video: Path, tmp_path:
 
 
 def test_no_media_and_a_system_prompt(lm: vidlm.LM) -> None:
-    answer = lm.ask(None, QUESTION, system="Be brief.", max_tokens=8)
+    answer = lm.chat(system="Be brief.", max_tokens=8).ask(QUESTION)
     messages = [{"role": "system", "content": [part("Be brief.")]}, user(0, QUESTION)]
     text, length = expected(lm, messages, [], max_new_tokens=8)
     assert (answer.text, answer.usage.prompt_tokens) == (text.strip(), length)
     assert answer.usage.media_tokens == 0
     assert answer.frames == ()
-    assert lm.ask(None, QUESTION, max_tokens=8).usage.prompt_tokens < length
+    assert lm.chat().ask(QUESTION, max_tokens=8).usage.prompt_tokens < length
 
 
 def test_sampling(lm: vidlm.LM, video: Path) -> None:
@@ -327,7 +327,7 @@ def test_unknown_options(lm: vidlm.LM, video: Path) -> None:
 @pytest.mark.parametrize("question", ["", "  \n", None, 5])
 def test_a_question_must_be_asked(lm: vidlm.LM, question: Any) -> None:
     with pytest.raises(InvalidArgument, match="ask something"):
-        lm.ask(None, question)
+        lm.chat().ask(question)
 
 
 @pytest.mark.parametrize(
@@ -365,4 +365,4 @@ def test_loading_in_another_dtype(lm: vidlm.LM) -> None:
     assert lm.model.folder is not None
     other = vidlm.load(lm.model.folder, dtype="bfloat16", device="cpu")
     assert other.model.dtype == torch.bfloat16
-    assert other.ask(None, QUESTION, max_tokens=2).usage.completion_tokens == 2
+    assert other.chat().ask(QUESTION, max_tokens=2).usage.completion_tokens == 2

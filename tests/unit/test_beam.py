@@ -18,7 +18,7 @@ import torchvision_on_cpu  # noqa: F401 (transformers loads its models, and torc
 from vidlm.engine import Output, Request, generate
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Encoded, Media, Prompt, VideoModel
-from vidlm.nn.decoder import CausalLM, Decoder, DecoderConfig
+from vidlm.nn.decoder import Decoder, DecoderConfig
 from vidlm.nn.step import packed
 from vidlm.types import FinishReason, SamplingParams
 
@@ -31,7 +31,8 @@ class TextModel(VideoModel):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.language_model = CausalLM(config)
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         context = config.max_position_embeddings
         self.config = SimpleNamespace(max_context=context, placeholders={"image": PLACEHOLDER})
 
@@ -41,11 +42,7 @@ class TextModel(VideoModel):
 
     @property
     def decoder(self) -> Decoder:
-        return self.language_model.model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.language_model.lm_head
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     ours = TextModel(DecoderConfig.from_dict({"model_type": request.param, **sizes})).eval()
-    ours.language_model.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
     return Pair(ours, theirs, frequent_tokens(ours))
 
 

@@ -67,8 +67,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in network.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             parameter.zero_()
-    network.language_model.model.embed_tokens.weight.fill_(1)
-    network.language_model.lm_head.weight[tokenizer.token_to_id("A")] = 1
+    network.model.language_model.embed_tokens.weight.fill_(1)
+    network.lm_head.weight[tokenizer.token_to_id("A")] = 1
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     defaults = {"eos_token_id": recipe.VOCAB, "max_new_tokens": 4}  # a token that never comes
     (folder / "generation_config.json").write_text(json.dumps(defaults))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import vidlm.native
 from vidlm.cli import application, bench, machine
 from vidlm.demo.world import draw_clip, write_mp4
-from vidlm.engine import Engine
+from vidlm.engine import Engine, Handle
 
 SHORT = ("--runs", "1", "--max-tokens", "3", "--frames", "2")
 
@@ -72,18 +72,18 @@ def test_every_run_starts_with_empty_caches(
     clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
-    clear, ask = Engine.clear, Engine.add
+    clear, submit = Engine.clear, Engine.submit
 
     def cleared(engine: Engine) -> None:
         clear(engine)
         kept.append(0)
 
-    def counted(engine: Engine, *args: Any) -> int:
+    def counted(engine: Engine, *args: Any) -> Handle:
         kept[-1] += 1
-        return ask(engine, *args)
+        return submit(engine, *args)
 
     monkeypatch.setattr(Engine, "clear", cleared)
-    monkeypatch.setattr(Engine, "add", counted)
+    monkeypatch.setattr(Engine, "submit", counted)
     told(capsys, "latency", "demo", clip, "--max-tokens", "2", "--frames", "1", "--runs", "3")
     assert kept == [2] * 4  # two questions a run, and a run to warm up
 
@@ -92,13 +92,13 @@ def test_throughput_asks_all_questions_twice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    add = Engine.add
+    submit = Engine.submit
 
-    def noted(engine: Engine, request: Any) -> int:
+    def noted(engine: Engine, request: Any, *args: Any) -> Handle:
         asked.append(request.prompt)
-        return add(engine, request)
+        return submit(engine, request, *args)
 
-    monkeypatch.setattr(Engine, "add", noted)
+    monkeypatch.setattr(Engine, "submit", noted)
     found = told(capsys, "throughput", "demo", "--questions", "3", *SHORT)
     assert (found["questions"], found["video"]) == (3, None)
     figures = {name: summary["median"] for name, summary in found["figures"].items()}
@@ -113,13 +113,13 @@ def test_throughput_of_a_given_video_is_about_that_one(
     clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests: set[bytes] = set()
-    add = Engine.add
+    submit = Engine.submit
 
-    def noted(engine: Engine, request: Any) -> int:
+    def noted(engine: Engine, request: Any, *args: Any) -> Handle:
         digests.add(request.prompt.media[0].digest)
-        return add(engine, request)
+        return submit(engine, request, *args)
 
-    monkeypatch.setattr(Engine, "add", noted)
+    monkeypatch.setattr(Engine, "submit", noted)
     told(capsys, "throughput", "demo", clip, "--questions", "2", *SHORT)
     assert len(digests) == 1
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from straight import (
+    Stepped,
     about,
     answers,
     ask,
@@ -22,7 +23,7 @@ from straight import (
     text,
     tiny_model,
 )
-from vidlm.engine import Engine, EngineOptions, Failure, Request, Token, generate
+from vidlm.engine import EngineOptions, Failure, Request, Token, generate
 from vidlm.engine.options import BLOCK
 from vidlm.engine.store import block_bytes
 from vidlm.models.base import Prompt, VideoModel
@@ -74,7 +75,7 @@ def options(model: VideoModel, blocks: int = 200, **how: object) -> EngineOption
 @pytest.mark.parametrize("chunk", [1, 7, 16, 512])
 @pytest.mark.usefixtures("native")
 def test_alone(model: VideoModel, chunk: int) -> None:
-    engine = Engine(model, options=options(model, chunk=chunk))
+    engine = Stepped(model, options=options(model, chunk=chunk))
     for i, prompt in enumerate(PROMPTS):
         assert ask(engine, asked(prompt, NEW)) == list(known(i)), i
     assert nothing_is_held(engine)
@@ -83,7 +84,7 @@ def test_alone(model: VideoModel, chunk: int) -> None:
 @pytest.mark.usefixtures("native")
 def test_asked_again(model: VideoModel) -> None:
     """Out of the cache, in which every prompt is by then, and the answers too."""
-    engine = Engine(model, options=options(model))
+    engine = Stepped(model, options=options(model))
     for turn in range(3):
         for i, prompt in enumerate(PROMPTS):
             before = engine.stats.scheduler.pool.hits
@@ -105,7 +106,7 @@ def test_all_at_once(model: VideoModel) -> None:
 def test_forms(form: str) -> None:
     model = tiny_model(form)
     request = asked(about((1, 2), text(20, 1), SYSTEM), NEW)
-    engine = Engine(model, options=options(model, chunk=13))
+    engine = Stepped(model, options=options(model, chunk=13))
     said = straight(model, request)
     assert len(set(said)) > 3
     assert ask(engine, request) == ask(engine, request) == said
@@ -150,7 +151,7 @@ def test_any_company(model: VideoModel, program: Program) -> None:
     """The tokens of every request are those that it gets alone, whenever others come and go, and
     whether or not it had to give way; of an aborted one, nothing comes and nothing stays."""
     rng = random.Random(program.seed)
-    engine = Engine(model, options=limits(model, program))
+    engine = Stepped(model, options=limits(model, program))
     wanted: dict[int, Request] = {}
     events: list[Token | Failure] = []
     for _ in range(rng.randint(3, 25)):
@@ -164,7 +165,7 @@ def test_any_company(model: VideoModel, program: Program) -> None:
             del wanted[number]
             events = [event for event in events if event.request != number]
         else:
-            events += engine.step()
+            events += engine.events()
     events += run_out(engine)
     assert nothing_is_held(engine)
     found = answers(events)
@@ -192,7 +193,7 @@ def expected(request: Request) -> tuple[int, ...]:
 
 def test_those_who_give_way_lose_nothing(model: VideoModel) -> None:
     """Two answers that do not fit beside each other to their ends."""
-    engine = Engine(model, options=options(model, 13))
+    engine = Stepped(model, options=options(model, 13))
     requests = [asked(PROMPTS[i], 60) for i in (1, 3, 2)]
     wanted = [straight(model, request) for request in requests]
     numbers = [engine.add(request) for request in requests]
@@ -207,7 +208,7 @@ def test_the_same_twice_where_one_gives_way(model: VideoModel, blocks: int) -> N
     """What it had stored is another's by then; what it finds stored in its place is the other's."""
     request = asked(PROMPTS[4], 70)
     wanted = straight(model, request)
-    engine = Engine(model, options=options(model, blocks))
+    engine = Stepped(model, options=options(model, blocks))
     numbers = [engine.add(request) for _ in range(3)]
     found = answers(run_out(engine))
     assert [found[number, 0] for number in numbers] == [wanted] * 3
@@ -218,7 +219,7 @@ def test_beams_beside_others(model: VideoModel) -> None:
     """Whose blocks are kept aside, and who are copied, whoever else is served."""
     beams = [asked(PROMPTS[i], 20, num_beams=count) for i, count in ((1, 3), (4, 2), (2, 4))]
     alone = [generate(model, [request])[0].ids for request in beams]
-    engine = Engine(model, options=options(model, 60, chunk=24))
+    engine = Stepped(model, options=options(model, 60, chunk=24))
     numbers = [engine.add(request) for request in beams]
     others = {engine.add(asked(prompt, NEW)): i for i, prompt in enumerate(PROMPTS)}
     found = answers(run_out(engine))
@@ -229,7 +230,7 @@ def test_beams_beside_others(model: VideoModel) -> None:
 
 def test_streams_serve_each_other(model: VideoModel) -> None:
     """Two iterators of one thread, in turns: the steps of one bring the tokens of the other."""
-    engine = Engine(model, options=options(model))
+    engine = Stepped(model, options=options(model))
     numbers = (1, 5)
     streams = [engine.stream(asked(PROMPTS[i], NEW)) for i in numbers]
     said: list[list[int]] = [[], []]

@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 import tiny
-from straight import about, ask, asked, frame, nothing_is_held, run_out, straight, text, tiny_model
-from vidlm.engine import Engine, EngineOptions, generate
+from straight import (
+    Stepped,
+    about,
+    ask,
+    asked,
+    frame,
+    nothing_is_held,
+    run_out,
+    straight,
+    text,
+    tiny_model,
+)
+from vidlm.engine import EngineOptions, generate
 from vidlm.engine.features import FeatureCache
 from vidlm.engine.options import BLOCK
 from vidlm.engine.store import block_bytes
@@ -29,8 +40,8 @@ def model() -> VideoModel:
     return tiny_model()
 
 
-def small(model: VideoModel, blocks: int = 100, **how: Any) -> Engine:
-    return Engine(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
+def small(model: VideoModel, blocks: int = 100, **how: Any) -> Stepped:
+    return Stepped(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
 
 
 @dataclass
@@ -54,7 +65,7 @@ def counted(model: VideoModel) -> Iterator[Paid]:
         paid.prefilled += len(given[0]) if len(given[0]) > 1 else 0
 
     hooks = (
-        model.vision_tower.register_forward_pre_hook(tower),
+        model.model.vision_tower.register_forward_pre_hook(tower),
         model.decoder.register_forward_pre_hook(decoder),
     )
     try:

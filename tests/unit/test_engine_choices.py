@@ -10,6 +10,7 @@ import torch
 import tiny
 from straight import (
     TEXT_IDS,
+    Stepped,
     about,
     answers,
     ask,
@@ -21,7 +22,7 @@ from straight import (
     tiny_model,
     whole_logits,
 )
-from vidlm.engine import Engine, EngineOptions, Output, Request, Token, generate, run
+from vidlm.engine import EngineOptions, Output, Request, Token, generate, run
 from vidlm.engine.store import block_bytes
 from vidlm.errors import ContextOverflow, InvalidArgument
 from vidlm.models.base import Prompt, VideoModel
@@ -44,19 +45,19 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def engine(model: VideoModel) -> Engine:
+def engine(model: VideoModel) -> Stepped:
     return small(model, 150)
 
 
-def small(model: VideoModel, blocks: int, **how: Any) -> Engine:
-    return Engine(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
+def small(model: VideoModel, blocks: int, **how: Any) -> Stepped:
+    return Stepped(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
 
 
-def in_company(engine: Engine, request: Request) -> dict[int, list[int]]:
+def in_company(engine: Stepped, request: Request) -> dict[int, list[int]]:
     """The answers of a request that comes between others, by choice."""
     for prompt in OTHERS[:2]:
         engine.add(asked(prompt, NEW, temperature=1.0, seed=77))
-    engine.step()
+    engine.events()
     number = engine.add(request)
     engine.add(asked(OTHERS[2], NEW, repetition_penalty=1.3))
     found = answers(run_out(engine))
@@ -75,7 +76,7 @@ def in_company(engine: Engine, request: Request) -> dict[int, list[int]]:
     ],
 )
 def test_a_seeded_answer_is_the_same_in_company(
-    model: VideoModel, engine: Engine, how: dict[str, Any]
+    model: VideoModel, engine: Stepped, how: dict[str, Any]
 ) -> None:
     request = asked(PROMPT, NEW, seed=3, **how)
     alone = ask(engine, request)
@@ -85,7 +86,7 @@ def test_a_seeded_answer_is_the_same_in_company(
     assert alone != straight(model, request)
 
 
-def test_choices_draw_with_seeds_of_their_own(model: VideoModel, engine: Engine) -> None:
+def test_choices_draw_with_seeds_of_their_own(model: VideoModel, engine: Stepped) -> None:
     """Each choice is the answer that its seed gives alone."""
     how = {"temperature": 1.0}
     alone = [ask(engine, asked(PROMPT, NEW, seed=5 + i, **how)) for i in range(3)]
@@ -97,7 +98,7 @@ def test_choices_draw_with_seeds_of_their_own(model: VideoModel, engine: Engine)
     assert len(outputs) == 4
 
 
-def test_a_prompt_of_several_choices_is_prefilled_once(engine: Engine) -> None:
+def test_a_prompt_of_several_choices_is_prefilled_once(engine: Stepped) -> None:
     ask(engine, asked(PROMPT, NEW, seed=5, temperature=1.0, n=4))
     assert engine.stats.prefilled == len(PROMPT.ids)
     assert engine.stats.scheduler.preempted == 0
@@ -116,7 +117,7 @@ def test_choices_that_find_no_room_wait_for_it(model: VideoModel, blocks: int) -
     assert nothing_is_held(engine)
 
 
-def test_unseeded_draws_are_torchs(engine: Engine) -> None:
+def test_unseeded_draws_are_torchs(engine: Stepped) -> None:
     request = asked(PROMPT, NEW, temperature=1.0)
     drawn = []
     for seed in (0, 0, 1):
@@ -128,7 +129,7 @@ def test_unseeded_draws_are_torchs(engine: Engine) -> None:
 # ---- ends ----------------------------------------------------------------------------------------
 
 
-def test_ends_and_least_lengths(model: VideoModel, engine: Engine) -> None:
+def test_ends_and_least_lengths(model: VideoModel, engine: Stepped) -> None:
     free = straight(model, asked(PROMPT, NEW))
     end = free[3]
     for least in (0, 1, 3, 4, 5, NEW):
@@ -144,7 +145,7 @@ def test_ends_and_least_lengths(model: VideoModel, engine: Engine) -> None:
             assert end not in output.ids[:least]
 
 
-def test_a_penalty_counts_prompt_and_answer(model: VideoModel, engine: Engine) -> None:
+def test_a_penalty_counts_prompt_and_answer(model: VideoModel, engine: Stepped) -> None:
     request = asked(PROMPT, NEW, repetition_penalty=1.4)
     said: list[int] = []
     while len(said) < NEW:
@@ -160,7 +161,7 @@ def test_a_penalty_counts_prompt_and_answer(model: VideoModel, engine: Engine) -
 def test_stop_strings(model: VideoModel, tokenizer: Tokenizer) -> None:
     free = straight(model, asked(PROMPT, NEW))
     stop = tokenizer.decode(free[4:6])
-    engine = Engine(model, tokenizer=tokenizer)
+    engine = Stepped(model, tokenizer=tokenizer)
     request = asked(PROMPT, NEW, stop=(stop,))
     tokens = list(engine.stream(request))
     assert tokenizer.decode([token.id for token in tokens]).endswith(stop)
@@ -168,18 +169,18 @@ def test_stop_strings(model: VideoModel, tokenizer: Tokenizer) -> None:
     assert [token.finish for token in tokens if token.finish] == [FinishReason.STOP]
     late = list(engine.stream(asked(PROMPT, NEW, stop=(stop,), min_new_tokens=9)))
     assert len(late) >= 9
-    several = answers(engine.follow([engine.add(asked(PROMPT, NEW, stop=(stop,), n=2))]))
+    several = answers(engine.stream(asked(PROMPT, NEW, stop=(stop,), n=2)))
     assert [*several.values()] == [[token.id for token in tokens]] * 2
 
 
-def test_stop_strings_without_a_tokenizer(engine: Engine) -> None:
+def test_stop_strings_without_a_tokenizer(engine: Stepped) -> None:
     with pytest.raises(InvalidArgument, match=r"pass tokenizer=processor\.tokenizer"):
         engine.add(asked(PROMPT, NEW, stop=("x",)))
     assert engine.idle
     assert nothing_is_held(engine)
 
 
-def test_the_end_of_the_context(model: VideoModel, engine: Engine) -> None:
+def test_the_end_of_the_context(model: VideoModel, engine: Stepped) -> None:
     limit = model.config.max_context
     for room in (1, 3):
         (output,) = generate(model, [asked(about((), text(limit - room)), NEW)])
@@ -196,13 +197,13 @@ def test_the_end_of_the_context(model: VideoModel, engine: Engine) -> None:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def test_an_empty_prompt_is_refused(engine: Engine) -> None:
+def test_an_empty_prompt_is_refused(engine: Stepped) -> None:
     with pytest.raises(InvalidArgument, match="prompt is empty"):
         engine.add(asked(Prompt(()), NEW))
     assert engine.idle
 
 
-def test_placeholders_and_media_must_agree(engine: Engine) -> None:
+def test_placeholders_and_media_must_agree(engine: Stepped) -> None:
     short = Prompt(PROMPT.ids, PROMPT.media[:1])
     with pytest.raises(InvalidArgument, match=r"32 image placeholder tokens .* make 16"):
         engine.add(asked(short, NEW))
@@ -249,7 +250,7 @@ def test_options_that_make_no_sense() -> None:
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 5])
-def test_logprobs(model: VideoModel, engine: Engine, wanted: int) -> None:
+def test_logprobs(model: VideoModel, engine: Stepped, wanted: int) -> None:
     """Of what the model says, before any penalty or temperature."""
     how = {"temperature": 0.8, "top_k": 7, "repetition_penalty": 1.1, "seed": 2}
     tokens = list(engine.stream(asked(PROMPT, NEW, logprobs=wanted, **how)))

@@ -13,8 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from straight import about, ask, asked, nothing_is_held, run_out, straight, text, tiny_model
-from vidlm.engine import Engine, EngineOptions, Failure, Request, Token
+from straight import (
+    Stepped,
+    about,
+    ask,
+    asked,
+    nothing_is_held,
+    run_out,
+    straight,
+    text,
+    tiny_model,
+)
+from vidlm.engine import EngineOptions, Failure, Request, Token
 from vidlm.engine.store import block_bytes
 from vidlm.models.base import Encoded, Media, VideoModel
 
@@ -34,12 +44,12 @@ def model() -> VideoModel:
 
 
 @pytest.fixture
-def engine(model: VideoModel) -> Engine:
+def engine(model: VideoModel) -> Stepped:
     return small(model, 100)
 
 
-def small(model: VideoModel, blocks: int, **how: Any) -> Engine:
-    return Engine(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
+def small(model: VideoModel, blocks: int, **how: Any) -> Stepped:
+    return Stepped(model, options=EngineOptions(kv_bytes=blocks * block_bytes(model), **how))
 
 
 def fails(events: Sequence[Token | Failure]) -> dict[int, BaseException]:
@@ -61,18 +71,18 @@ def test_an_abort_at_any_time_leaves_nothing(seed: int, steps: int) -> None:
     numbers = [engine.add(request) for request in rng.sample(REQUESTS, 3)]
     events: list[Token | Failure] = []
     for _ in range(steps):
-        events += engine.step()
+        events += engine.events()
     rng.shuffle(numbers)
     for number in numbers:
         engine.abort(number)
-        assert not said(engine.step(), number)
+        assert not said(engine.events(), number)
         engine.abort(number)  # which it is no error to do again
     assert engine.idle
     assert nothing_is_held(engine)
-    assert engine.step() == []
+    assert engine.events() == []
 
 
-def test_leaving_an_iterator_aborts(engine: Engine) -> None:
+def test_leaving_an_iterator_aborts(engine: Stepped) -> None:
     stream = engine.stream(REQUESTS[0])
     next(stream)
     assert not engine.idle
@@ -86,7 +96,7 @@ def test_leaving_an_iterator_aborts(engine: Engine) -> None:
     assert nothing_is_held(engine)
 
 
-def test_an_iterator_that_is_dropped_during_a_step(model: VideoModel, engine: Engine) -> None:
+def test_an_iterator_that_is_dropped_during_a_step(model: VideoModel, engine: Stepped) -> None:
     """As when the garbage collector finds it there."""
     abandoned = [engine.stream(REQUESTS[0])]
     next(abandoned[0])
@@ -104,15 +114,15 @@ def test_an_iterator_that_is_dropped_during_a_step(model: VideoModel, engine: En
     assert nothing_is_held(engine)
 
 
-def test_an_abort_during_a_step_is_settled_at_its_end(model: VideoModel, engine: Engine) -> None:
+def test_an_abort_during_a_step_is_settled_at_its_end(model: VideoModel, engine: Stepped) -> None:
     number = engine.add(REQUESTS[0])
     other = engine.add(REQUESTS[1])
     hook = model.decoder.register_forward_hook(lambda *_: engine.abort(number))
-    engine.step()
-    engine.step()
+    engine.events()
+    engine.events()
     hook.remove()
-    assert not engine.alive(number)
-    assert engine.alive(other)
+    assert not said(engine.events(), number)
+    assert said(run_out(engine), other)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -138,7 +148,7 @@ def break_encoding(model: VideoModel, item: Media, after: int = 1) -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_encoding_that_fails_ends_its_request_alone(
-    model: VideoModel, engine: Engine, after: int
+    model: VideoModel, engine: Stepped, after: int
 ) -> None:
     wanted = [straight(model, request) for request in REQUESTS[:2]]
     bad = asked(about((1, 9), text(5, 6)), NEW)
@@ -155,7 +165,7 @@ def test_an_encoding_that_fails_ends_its_request_alone(
     assert nothing_is_held(engine)
 
 
-def test_features_of_the_wrong_length(model: VideoModel, engine: Engine) -> None:
+def test_features_of_the_wrong_length(model: VideoModel, engine: Stepped) -> None:
     bad = about((1,), text(5))
     short = bad.media[0].without_pixels(Encoded(torch.zeros(15, 32)))
     with pytest.raises(Exception, match="16 placeholder tokens in the prompt and 15 features"):
@@ -165,7 +175,7 @@ def test_features_of_the_wrong_length(model: VideoModel, engine: Engine) -> None
 
 @pytest.mark.parametrize("moment", [1, 2, 5])
 def test_a_model_that_fails_ends_those_of_its_step(
-    model: VideoModel, engine: Engine, moment: int
+    model: VideoModel, engine: Stepped, moment: int
 ) -> None:
     count = iter(range(100))
 
@@ -184,7 +194,7 @@ def test_a_model_that_fails_ends_those_of_its_step(
     assert ask(engine, REQUESTS[0]) == straight(model, REQUESTS[0])
 
 
-def test_a_draw_that_fails_ends_its_request_alone(model: VideoModel, engine: Engine) -> None:
+def test_a_draw_that_fails_ends_its_request_alone(model: VideoModel, engine: Stepped) -> None:
     """Logits of one request that are no numbers: its draw has nothing to draw from."""
     logits = type(model).logits
 
@@ -205,7 +215,7 @@ def test_a_draw_that_fails_ends_its_request_alone(model: VideoModel, engine: Eng
 
 @pytest.mark.parametrize("moment", [0, 1, 4])
 def test_an_interrupt_reaches_the_caller_alone(
-    model: VideoModel, engine: Engine, moment: int
+    model: VideoModel, engine: Stepped, moment: int
 ) -> None:
     """What the step had not stored is computed once more."""
     wanted = [straight(model, request) for request in REQUESTS[:2]]
@@ -226,7 +236,7 @@ def test_an_interrupt_reaches_the_caller_alone(
     assert nothing_is_held(engine)
 
 
-def test_an_interrupt_while_media_are_encoded(model: VideoModel, engine: Engine) -> None:
+def test_an_interrupt_while_media_are_encoded(model: VideoModel, engine: Stepped) -> None:
     encoding, calls = type(model)._encoding, iter(range(9))
 
     def interrupted(media: Sequence[Media]) -> Generator[None, None, list[Encoded]]:
@@ -242,7 +252,7 @@ def test_an_interrupt_while_media_are_encoded(model: VideoModel, engine: Engine)
 
 
 def test_an_interrupt_where_tokens_are_chosen(
-    model: VideoModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    model: VideoModel, engine: Stepped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody knows then whether a draw was made: that request ends, and the caller is told."""
     number = engine.add(REQUESTS[1])
@@ -263,7 +273,7 @@ def test_an_interrupt_where_tokens_are_chosen(
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_threads_stream_from_one_engine(model: VideoModel, engine: Engine, count: int) -> None:
+def test_threads_stream_from_one_engine(model: VideoModel, engine: Stepped, count: int) -> None:
     """Each gets its own tokens, all of them, and they share what is alike."""
     requests = [asked(about((1, 2), text(6 + i, 10 + i), SYSTEM), 20) for i in range(count)]
     wanted = [straight(model, request) for request in requests]
@@ -289,22 +299,11 @@ def test_threads_stream_from_one_engine(model: VideoModel, engine: Engine, count
     assert nothing_is_held(engine)
 
 
-def test_tokens_that_came_before_somebody_follows_are_kept(
-    model: VideoModel, engine: Engine
-) -> None:
-    number = engine.add(REQUESTS[0])
-    ask(engine, asked(about((), text(40, 9)), 2 * NEW))  # the steps of this one brought all of them
-    assert [token.id for token in engine.follow([number])] == straight(model, REQUESTS[0])
-    assert list(engine.follow([number])) == []
-    assert engine.idle
-
-
-def test_the_failure_of_one_that_is_followed(model: VideoModel, engine: Engine) -> None:
+def test_the_failure_of_one_of_several(model: VideoModel, engine: Stepped) -> None:
     bad = asked(about((9,), text(5, 6)), NEW)
     break_encoding(model, bad.prompt.media[0])
-    numbers = [engine.add(bad), engine.add(REQUESTS[1])]
     with pytest.raises(Broken):
-        list(engine.follow(numbers))
+        list(engine.stream_all([bad, REQUESTS[1]]))
     assert engine.idle
     assert nothing_is_held(engine)
 
@@ -313,7 +312,7 @@ def test_the_failure_of_one_that_is_followed(model: VideoModel, engine: Engine) 
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])
-def test_other_weights_forget_what_was_cached(model: VideoModel, engine: Engine, how: str) -> None:
+def test_other_weights_forget_what_was_cached(model: VideoModel, engine: Stepped, how: str) -> None:
     request = REQUESTS[0]
     before = ask(engine, request)
     other = dict(tiny_model(seed=11).named_parameters())
@@ -327,7 +326,7 @@ def test_other_weights_forget_what_was_cached(model: VideoModel, engine: Engine,
     assert engine.stats.prefilled == len(request.prompt.ids)
 
 
-def test_weights_that_change_while_others_are_answered(model: VideoModel, engine: Engine) -> None:
+def test_weights_that_change_while_others_are_answered(model: VideoModel, engine: Stepped) -> None:
     """They go on, half made by one and half by the other; nothing of it is found later."""
     stream = engine.stream(Request(REQUESTS[0].prompt, asked(REQUESTS[0].prompt, 40).params))
     next(stream)

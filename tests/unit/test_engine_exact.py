@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from straight import about, asked, nothing_is_held, run_out, text
+from straight import Stepped, about, asked, nothing_is_held, run_out, text
 from vidlm import LlavaForConditionalGeneration
-from vidlm.engine import Engine, EngineOptions, Failure, Token
+from vidlm.engine import EngineOptions, Failure, Token
 from vidlm.engine.store import block_bytes
 from vidlm.hf import LlavaConfig
 from vidlm.models.base import VideoModel
@@ -43,9 +43,9 @@ def model() -> VideoModel:
     return made.requires_grad_(False).to(torch.bfloat16)
 
 
-def engine_of(model: VideoModel, blocks: int = 300, **how: Any) -> Engine:
+def engine_of(model: VideoModel, blocks: int = 300, **how: Any) -> Stepped:
     options = EngineOptions(kv_bytes=blocks * block_bytes(model), exact=True, **how)
-    return Engine(model, options=options)
+    return Stepped(model, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_any_company(
             which = rng.randrange(len(REQUESTS))
             numbers[engine.add(REQUESTS[which])] = which
         else:
-            events += [event for _ in range(rng.randint(1, 8)) for event in engine.step()]
+            events += [event for _ in range(rng.randint(1, 8)) for event in engine.events()]
     events += run_out(engine)
     assert nothing_is_held(engine)
     for number, which in numbers.items():
@@ -116,7 +116,7 @@ def test_shapes_are_those_of_one_alone(model: VideoModel) -> None:
     """One frame, one cell of a prompt or one token passes at a time, whoever is served."""
     passed: list[tuple[int, tuple[int, ...]]] = []
     hooks = (
-        model.vision_tower.register_forward_pre_hook(
+        model.model.vision_tower.register_forward_pre_hook(
             lambda _, given: passed.append((len(given[0]), ()))
         ),
         model.decoder.register_forward_pre_hook(
@@ -156,7 +156,7 @@ def test_it_is_needed(model: VideoModel, alone: list[dict[int, Said]]) -> None:
     """Without it some bits differ: else the tests above would prove little."""
     found = []
     for chunk in (1, 3, 100, 512):
-        engine = Engine(model, options=EngineOptions(chunk=chunk))
+        engine = Stepped(model, options=EngineOptions(chunk=chunk))
         number, *_ = [engine.add(request) for request in (REQUESTS[4], *REQUESTS)]
         found.append(said(run_out(engine), number))
     assert any(each != alone[4] for each in found)

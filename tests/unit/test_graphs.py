@@ -22,6 +22,7 @@ import video_forms
 import vidlm
 from recorded import Recorder
 from straight import (
+    Stepped,
     about,
     answers,
     ask,
@@ -32,7 +33,7 @@ from straight import (
     text,
     tiny_model,
 )
-from vidlm.engine import Engine, EngineOptions, forward, graphs
+from vidlm.engine import EngineOptions, forward, graphs
 from vidlm.engine.forward import Newest, Part
 from vidlm.engine.graphs import Bucket, Graphs
 from vidlm.engine.inputs import PromptInputs
@@ -101,9 +102,9 @@ def known(prompt: int, new: int = NEW) -> tuple[int, ...]:
         return tuple(straight(tiny_model(), asked(PROMPTS[prompt], new)))
 
 
-def engine_of(model: VideoModel, blocks: int = 100, **how: Any) -> Engine:
+def engine_of(model: VideoModel, blocks: int = 100, **how: Any) -> Stepped:
     room = blocks * block_bytes(model, how.get("kv_dtype"))
-    return Engine(model, options=EngineOptions(kv_bytes=room, cuda_graphs=True, **how))
+    return Stepped(model, options=EngineOptions(kv_bytes=room, cuda_graphs=True, **how))
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_in_company(model: VideoModel, recorder: Recorder, seed: int) -> None:
             left = rng.choice([*asked_for])
             engine.abort(left)
             asked_for.pop(left)
-        events += [event for _ in range(rng.randint(0, 5)) for event in engine.step()]
+        events += [event for _ in range(rng.randint(0, 5)) for event in engine.events()]
     events += run_out(engine)
     found = answers(events)
     for number, which in asked_for.items():
@@ -172,7 +173,7 @@ def test_across_the_border_of_a_bucket(model: VideoModel, recorder: Recorder) ->
 
 def test_eight_bits(model: VideoModel, recorder: Recorder) -> None:
     requests = [asked(prompt, NEW) for prompt in PROMPTS]
-    plain = Engine(tiny_model(), options=EngineOptions(kv_dtype="int8", kv_bytes=1 << 20))
+    plain = Stepped(tiny_model(), options=EngineOptions(kv_dtype="int8", kv_bytes=1 << 20))
     with torch._C.DisableTorchFunction():
         expected = [ask(plain, request) for request in requests]
     engine = engine_of(model, kv_dtype="int8")
@@ -193,7 +194,7 @@ def test_sampling_choices_and_beams(
     ]
     monkeypatch.setattr(torch, "Generator", lambda device: CPU_GENERATOR(CPU))
     requests = [asked(PROMPTS[1], NEW, **each) for each in how]
-    plain = Engine(model, options=EngineOptions(kv_bytes=1 << 20))
+    plain = Stepped(model, options=EngineOptions(kv_bytes=1 << 20))
     expected = [[token.id for token in plain.stream(request)] for request in requests]
     for most in (8, 2):
         engine = engine_of(model, max_sequences=most)
@@ -224,7 +225,7 @@ class Three:
 
     def part(self, i: int, stop: int) -> Part:
         prompt = about((), text(stop, i))
-        return Part.of(PromptInputs(self.model, prompt, None), prompt.ids, 0, self.tables[i])
+        return Part.of(PromptInputs(self.model, prompt), prompt.ids, 0, self.tables[i])
 
     def newest(self, which: range) -> list[Newest]:
         return [Newest(20 + i, self.stops[i] + 1, Table(self.tables[i]), None) for i in which]
@@ -314,7 +315,7 @@ def test_another_module_is_recorded_anew(model: VideoModel, recorder: Recorder) 
     engine, request = engine_of(model), asked(PROMPTS[0], NEW)
     ask(engine, request)
     model.decoder.layers[1].mlp = Silent()
-    plain = Engine(model, options=EngineOptions(kv_bytes=1 << 20))
+    plain = Stepped(model, options=EngineOptions(kv_bytes=1 << 20))
     assert ask(engine, request) == ask(plain, request) != list(known(0))
     assert len(recorder.made) == 2
 
@@ -338,16 +339,16 @@ def test_clear_forgets_recordings(model: VideoModel, recorder: Recorder) -> None
 def test_models_that_cannot_be_recorded(folders: dict[str, Path]) -> None:
     wanted = EngineOptions(cuda_graphs=True)
     with pytest.raises(InvalidArgument, match="it is on cpu; leave the option out"):
-        Engine(tiny_model(), options=wanted)
+        Stepped(tiny_model(), options=wanted)
     with devices.gpus():
         slow_fast = load(folders["slow-fast"], device="cuda").model
         with pytest.raises(InvalidArgument, match="attend to a memory"):
-            Engine(slow_fast, options=wanted)
-        last = "language_model.model.layers.1"
+            Stepped(slow_fast, options=wanted)
+        last = "model.language_model.layers.1"
         for where in (1, "cpu"):
             placed = load(folders["llava"], device={"": 0, last: where}).model
             with pytest.raises(InvalidArgument, match="on several devices or wait"):
-                Engine(placed, options=wanted)
+                Stepped(placed, options=wanted)
     with pytest.raises(InvalidArgument, match="exclude each other"):
         EngineOptions(cuda_graphs=True, exact=True)
 
@@ -370,14 +371,14 @@ def test_nothing_waits_to_be_fetched(
     model: VideoModel, recorder: Recorder, gpu: list[devices.Upload], graphs_too: bool
 ) -> None:
     """Pixels, prompts and tokens come from pinned memory; by recordings, in one piece a step."""
-    engine = Engine(model, options=EngineOptions(kv_bytes=1 << 20, cuda_graphs=graphs_too))
+    engine = Stepped(model, options=EngineOptions(kv_bytes=1 << 20, cuda_graphs=graphs_too))
     engine.add(asked(PROMPTS[1], NEW))
     gpu.clear()
     steps = 0
     while not engine.idle:
         decoding = engine.stats.decoded
         before = len(gpu)
-        engine.step()
+        engine.events()
         if graphs_too and recorder.replays > 1 and engine.stats.decoded > decoding:
             steps += 1
             assert [upload.shape for upload in gpu[before:]] == [(Bucket(1, 16).size,)]

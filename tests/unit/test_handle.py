@@ -108,9 +108,9 @@ def test_an_image(lm: vidlm.LM) -> None:
 def test_frames_are_chosen_once(lm: vidlm.LM, path: Path) -> None:
     video = lm.video(path, indices=np.array([1, 5]))
     assert video.ask(QUESTION, indices=[1, 5], max_tokens=1).usage.media_tokens == 32
-    with pytest.raises(InvalidArgument, match=r"chosen by \{'indices': \[1, 5\]\}, .*'num_frames'"):
+    with pytest.raises(InvalidArgument, match=r"chosen by \{'indices': \[1, 5\]\}, .*'frames'"):
         video.ask(QUESTION, frames=3)
-    with pytest.raises(InvalidArgument, match=r"chosen by the default, .*'num_frames': 3"):
+    with pytest.raises(InvalidArgument, match=r"chosen by the default, .*'frames': 3"):
         lm.ask([lm.video(path), path], QUESTION, frames=3)
     with pytest.raises(InvalidArgument, match="leave them out, or make another handle"):
         lm.video(video, frames=2)
@@ -237,7 +237,7 @@ def test_what_does_not_agree_is_named(
     with pytest.raises(InvalidArgument, match=r"clip\.safetensors was saved with the frames .*3"):
         lm.video(saved, frames=4)
     assert lm.video(saved, frames=3).ask(QUESTION, max_tokens=1)
-    with pytest.raises(InvalidArgument, match=r"frames .*'num_frames': 3.* asked for now"):
+    with pytest.raises(InvalidArgument, match=r"frames .*'frames': 3.* asked for now"):
         lm.ask(saved, QUESTION, fps=1)
     exact = vidlm.load(folder, engine=EngineOptions(exact=True))
     with pytest.raises(InvalidArgument, match="by an engine that was not exact"):

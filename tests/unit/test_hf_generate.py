@@ -77,7 +77,6 @@ def test_the_filling() -> None:
         ({"num_return_sequences": 0}, InvalidArgument, "allowed: at least 1"),
         ({"use_cache": False}, InvalidArgument, "only True is"),
         ({"return_dict_in_generate": True}, InvalidArgument, "only False is"),
-        ({"do_sample": False, "temperature": 0.5}, InvalidArgument, "temperature, which only"),
         ({"do_sample": True, "temperature": 0}, InvalidArgument, "or do_sample=False"),
         ({"num_beams": 2, "do_sample": True}, InvalidArgument, "num_beams=1 to sample"),
         ({"max_new_tokens": 0}, InvalidArgument, "at least 1"),

@@ -12,7 +12,7 @@ import tiny
 from clips import clip, numbers
 from vidlm import LlavaProcessor, load_video
 from vidlm.errors import InvalidArgument, MediaNotFound
-from vidlm.hf.conversation import FrameOptions
+from vidlm.hf.frame_options import FrameOptions
 
 
 @pytest.fixture(scope="module")

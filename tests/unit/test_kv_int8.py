@@ -22,6 +22,7 @@ import tiny
 import vidlm
 from clips import clip
 from straight import (
+    Stepped,
     about,
     answers,
     ask,
@@ -33,7 +34,7 @@ from straight import (
     whole_logits,
 )
 from vidlm import LlavaForConditionalGeneration
-from vidlm.engine import Engine, EngineOptions, Failure, Token, generate
+from vidlm.engine import EngineOptions, Failure, Token, generate
 from vidlm.engine.forward import Newest, Part, decode, prefill
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.kv import PagedKV, Table, bytes_per_token
@@ -65,9 +66,9 @@ EXACT = (
 Said = dict[int, list[tuple[int, float | None]]]
 
 
-def engine_of(model: VideoModel, blocks: int = 300, **how: Any) -> Engine:
+def engine_of(model: VideoModel, blocks: int = 300, **how: Any) -> Stepped:
     room = blocks * block_bytes(model, "int8")
-    return Engine(model, options=EngineOptions(kv_bytes=room, **INT8, **how))
+    return Stepped(model, options=EngineOptions(kv_bytes=room, **INT8, **how))
 
 
 def said(events: list[Token | Failure], request: int) -> Said:
@@ -117,7 +118,7 @@ def exact_singles(wide: VideoModel) -> list[Said]:
 
 
 def company(
-    engine: Engine, requests: tuple[Any, ...], rng: random.Random
+    engine: Stepped, requests: tuple[Any, ...], rng: random.Random
 ) -> list[tuple[int, Said]]:
     """Requests that come at any time; which each was, and what was said to it."""
     numbers: dict[int, int] = {}
@@ -127,7 +128,7 @@ def company(
             which = rng.randrange(len(requests))
             numbers[engine.add(requests[which])] = which
         else:
-            events += [event for _ in range(rng.randint(1, 8)) for event in engine.step()]
+            events += [event for _ in range(rng.randint(1, 8)) for event in engine.events()]
     events += run_out(engine)
     assert nothing_is_held(engine)
     return [(which, said(events, number)) for number, which in numbers.items()]
@@ -185,7 +186,7 @@ def test_without_kernels(
 
 def test_it_is_used(wide: VideoModel, exact_singles: list[Said]) -> None:
     """The logits are not those of the model's dtype: else the tests above would prove little."""
-    engine = Engine(wide, options=EngineOptions(exact=True))
+    engine = Stepped(wide, options=EngineOptions(exact=True))
     number = engine.add(EXACT[2])
     assert said(run_out(engine), number) != exact_singles[2]
 
@@ -213,7 +214,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @torch.inference_mode()
 def forced(model: VideoModel, prompt: Any, answer: tuple[int, ...]) -> Tensor:
     """Logits (n, V) that each token of the answer is chosen by, with keys and values in int8."""
-    inputs = PromptInputs(model, prompt, None)
+    inputs = PromptInputs(model, prompt)
     finished(inputs.encoding())
     blocks = range(-(-(len(prompt.ids) + len(answer)) // BLOCK))
     kv, table = PagedKV(len(blocks), BLOCK, coded=True), Table(blocks)
@@ -287,7 +288,7 @@ def test_a_saved_video_is_for_engines_of_its_kind(folder: Path, tmp_path: Path) 
 
 def test_keys_and_values_of_another_engine(model: VideoModel) -> None:
     prompt = about((1,), text(30, 1))
-    one, other = engine_of(model), Engine(model)
+    one, other = engine_of(model), Stepped(model)
     for engine in (one, other):
         ask(engine, asked(prompt, 1))
     stored = one.stored(prompt)

@@ -318,14 +318,14 @@ def test_a_damaged_record_leads_out_of_no_folder(web: Web, cache: MediaCache) ->
     assert other.exists()
 
 
-@pytest.mark.parametrize("broken", ["mkstemp", "replace"])
+@pytest.mark.parametrize("broken", ["write_bytes", "replace"])
 def test_a_disk_that_refuses_costs_no_download(
     web: Web, cache: MediaCache, broken: str, monkeypatch, caplog
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile if broken == "mkstemp" else os, broken, refuse)
+    monkeypatch.setattr(os if broken == "replace" else Path, broken, refuse)
     web.pages["a"] = BODY, TAG
     assert get(web, "page/a", cache) == BODY
     assert "could not be cached (No space left on device)" in caplog.text

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidlm.errors import MediaLimitError
-from vidlm.media import Limits, wire
+from vidlm.media import Limits, Video, wire
 from vidlm.media.fetch import FetchPolicy
+from vidlm.media.worker import _Worker
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -56,7 +58,8 @@ def test_messages_and_arrays_come_as_they_go(pair: Pair) -> None:
     sender.start()
     for array in arrays:
         header = {"dtype": array.dtype.str, "shape": list(array.shape)}
-        np.testing.assert_array_equal(wire.receive_array(pair[1], header, Limits()), array)
+        received = wire.receive_array(pair[1], header, array.dtype.type, (None,) * array.ndim)
+        np.testing.assert_array_equal(received, array)
     sender.join()
 
 
@@ -103,19 +106,75 @@ def test_a_message_has_a_ceiling(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        {"dtype": "|O", "shape": [1]},
-        {"dtype": "|V8", "shape": [1]},
-        {"dtype": "<M8[s]", "shape": [1]},
-        {"dtype": "|u1", "shape": [-1]},
-        {"dtype": "u1,u1", "shape": [1]},
+        {"dtype": "|O", "shape": [3]},
+        {"dtype": "<f8", "shape": [3]},
+        {"dtype": "u1,u1", "shape": [3]},
+        {"dtype": "|u1", "shape": [-3]},
+        {"dtype": "|u1", "shape": [1 << 60]},
+        {"dtype": "|u1", "shape": []},
+        {"dtype": "|u1", "shape": [3, 1]},
+        {"dtype": 1, "shape": [3]},
     ],
 )
-def test_only_arrays_of_numbers_are_taken(pair: Pair, header: dict) -> None:
+def test_only_the_array_that_is_due_is_taken(pair: Pair, header: dict) -> None:
     with pytest.raises(ValueError, match="an array of"):
-        wire.receive_array(pair[1], header, Limits())
+        wire.receive_array(pair[1], header, np.uint8, (3,))
 
 
-def test_no_memory_is_taken_for_more_frames_than_allowed(pair: Pair) -> None:
-    header = {"dtype": "|u1", "shape": [1 << 20, 1 << 20, 1 << 20, 3]}
-    with pytest.raises(MediaLimitError):
-        wire.receive_array(pair[1], header, Limits())
+def test_an_answer_has_a_lower_ceiling_than_a_request(pair: Pair) -> None:
+    pair[0].sendall(struct.pack("!Q", 1 << 27))
+    with pytest.raises(ValueError, match="a message of 134217728 bytes"):
+        wire.receive(pair[1], is_answer=True)
+
+
+FIELDS = {
+    "frames": {"dtype": "|u1", "shape": [2, 4, 4, 3]},
+    "pts": {"dtype": "<f8", "shape": [2]},
+    "indices": {"dtype": "<i8", "shape": [2]},
+    "duration": 1.0,
+    "fps": 25.0,
+    "total_frames": 2,
+    "start_time": 0.0,
+    "warnings": ["one"],
+    "name": "clip.mp4",
+}
+
+
+def received(pair: Pair, **changes: object) -> Video:
+    """The Video that a parent takes from a worker which announces these fields."""
+    worker = _Worker.__new__(_Worker)
+    worker._wire = pair[1]
+    pair[0].sendall(bytes(2 * 4 * 4 * 3 + 2 * 8 + 2 * 8))
+    return worker._video({**FIELDS, **changes}, Limits())
+
+
+def test_a_video_comes_from_its_fields(pair: Pair) -> None:
+    video = received(pair)
+    assert (len(video), video.warnings, video.pts.dtype) == (2, ("one",), np.float64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"frames": {"dtype": "|u1", "shape": [1 << 20, 1 << 20, 1 << 20, 3]}}, MediaLimitError),
+        ({"frames": {"dtype": "<f8", "shape": [2, 4, 4, 3]}}, ValueError),
+        ({"frames": {"dtype": "|u1", "shape": [2, 4, 4, 1 << 40]}}, ValueError),
+        ({"frames": {"dtype": "|u1", "shape": [2, 4, 4, 3, 1]}}, ValueError),
+        ({"frames": {"dtype": "|u1", "shape": [0, 4, 4, 3]}}, ValueError),
+        ({"frames": {"dtype": "|u1", "shape": [-2, -4, 4, 3]}}, ValueError),
+        ({"frames": "none"}, TypeError),
+        ({"pts": {"dtype": "<f8", "shape": [1 << 40]}}, ValueError),
+        ({"pts": {"dtype": "<f8", "shape": [2, 1 << 40]}}, ValueError),
+        ({"indices": {"dtype": "<f8", "shape": [2]}}, ValueError),
+        ({"duration": "1"}, ValueError),
+        ({"total_frames": {"dtype": "|u1", "shape": [9]}}, ValueError),
+        ({"name": None}, ValueError),
+    ],
+)
+def test_no_field_of_a_video_is_believed(pair: Pair, changes: dict, error: type) -> None:
+    tracemalloc.start()
+    with pytest.raises(error):
+        received(pair, **changes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -35,7 +35,7 @@ from vidlm.nn.step import packed
 
 CPU, GPU, GPU1 = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 OTHER = torch.device("cpu", 1)  # by its name another device; tensors there say "cpu"
-LAYERS = "language_model.model.layers"
+LAYERS = "model.language_model.layers"
 PROMPT = about((1, 2), text(9))
 
 
@@ -96,12 +96,12 @@ MAPS = {
     "the last layer on a second GPU": ({"": 0, f"{LAYERS}.1": 1}, [GPU, GPU1]),
     "the first layer on a second GPU": ({"": 0, f"{LAYERS}.0": 1}, [GPU1, GPU]),
     "all behind on a second GPU": (
-        {"": 0, LAYERS: 1, "language_model.model.norm": 1, "language_model.lm_head": 1},
+        {"": 0, LAYERS: 1, "model.language_model.norm": 1, "lm_head": 1},
         [GPU1, GPU1],
     ),
     "a layer waits": ({"": 0, f"{LAYERS}.1": "cpu"}, [GPU, GPU]),
     "a layer and the head wait": (
-        {"": 0, f"{LAYERS}.0": "cpu", "language_model.lm_head": "cpu"},
+        {"": 0, f"{LAYERS}.0": "cpu", "lm_head": "cpu"},
         [GPU, GPU],
     ),
     "the layers alone on a GPU": ({"": "cpu", LAYERS: 0}, [GPU, GPU]),

@@ -24,8 +24,8 @@ from vidlm.plan import free_memory
 from vidlm.weights import load
 
 CPU, GPU, GPU1 = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
-LAYERS = "language_model.model.layers"
-NORM, HEAD = "language_model.model.norm", "language_model.lm_head"
+LAYERS = "model.language_model.layers"
+NORM, HEAD = "model.language_model.norm", "lm_head"
 RENAMES = LlavaForConditionalGeneration.family.renames
 
 
@@ -215,6 +215,8 @@ def told(given: Any, model: VideoModel | None = None) -> Placement:
             GPU,
             {f"{LAYERS}.1": GPU1},
         ),
+        ({"": 0, "language_model.model.layers.1": 1}, GPU, {f"{LAYERS}.1": GPU1}),  # the hub's
+        ({"": 0, "language_model.lm_head": 1}, GPU, {HEAD: GPU1}),
     ],
 )
 def test_maps(
@@ -240,10 +242,10 @@ def test_the_map_that_transformers_writes(gpus: None) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"": 0, "vision_tower": 1}, "must be on one device: vision_tower.* on cuda:1"),
-        ({"": 0, f"{LAYERS}.1.mlp": 1}, r"divides language_model\.model\.layers\.1: .*one device"),
-        ({"": 0, "langauge_model": 1}, "'langauge_model', which is no part.* vision_tower, "),
-        ({"language_model": 0}, r"nothing of \d+ tensors, such as vision_tower.*under ''"),
+        ({"": 0, "vision_tower": 1}, r"must be on one device: .*model\.vision_tower.* on cuda:1"),
+        ({"": 0, f"{LAYERS}.1.mlp": 1}, r"divides model\.language_model\.layers\.1: .*one device"),
+        ({"": 0, "langauge_model": 1}, "'langauge_model', which is no part.* model.vision_tower, "),
+        ({"language_model": 0}, r"nothing of \d+ tensors, such as model.vision_tower.*under ''"),
         ({"": 5}, "'cuda:5', but torch sees 2 of them, from cuda:0"),
         ({"": "disk"}, "on GPUs and the CPU, not on disk"),
         ({"": "gpu"}, r"device_map=\{'': 'gpu'\}; allowed: 'auto', 'cpu'"),

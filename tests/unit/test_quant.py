@@ -179,18 +179,23 @@ def test_answers_of_one_and_of_many(folder: Path, processor: LlavaProcessor) -> 
 
 
 def test_names_are_skipped(folder: Path) -> None:
-    assert "language_model.lm_head" not in packed(load(folder, NF4))
-    assert "language_model.lm_head" in packed(load(folder, QuantoConfig(modules_to_not_convert=[])))
+    assert "lm_head" not in packed(load(folder, NF4))
+    assert "lm_head" in packed(load(folder, QuantoConfig(modules_to_not_convert=[])))
     names = ["lm_head", "model.vision_tower", "multi_modal_projector.linear_1"]
     for config in (
         BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=names),
         QuantoConfig(modules_to_not_convert=names),
     ):
         made = packed(load(folder, config))
-        assert "multi_modal_projector.linear_1" not in made
-        assert "multi_modal_projector.linear_2" in made
-        assert not any(name.startswith("vision_tower") for name in made)
-        assert any(name.startswith("language_model.model") for name in made)
+        assert "model.multi_modal_projector.linear_1" not in made
+        assert "model.multi_modal_projector.linear_2" in made
+        assert not any(name.startswith("model.vision_tower") for name in made)
+        assert any(name.startswith("model.language_model") for name in made)
+    hub = ["language_model.lm_head", "language_model.model.layers.0", "vision_tower.vision_model"]
+    made = packed(load(folder, QuantoConfig(modules_to_not_convert=hub)))
+    assert "lm_head" not in made
+    assert not any(".vision_tower." in name or "_model.layers.0." in name for name in made)
+    assert "model.language_model.layers.1.mlp.up_proj" in made
     with pytest.raises(InvalidArgument, match="names 'visual', which is no part"):
         load(folder, QuantoConfig(modules_to_not_convert=["visual"]))
 
@@ -279,9 +284,9 @@ def test_checkpoints_of_others(folder: Path, tmp_path: Path) -> None:
 def test_a_scheme_says_what_it_is() -> None:
     scheme = Scheme("nf4", 128, "int8", ("vision_tower",))
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
-    assert scheme.packing("vision_tower.layers.0.fc1") is None
-    assert scheme.packing("language_model.lm_head") == packings()["int8"]
-    assert scheme.packing("language_model.model.layers.0.mlp.up_proj") == packings(128)["nf4"]
+    assert scheme.packing("model.vision_tower.layers.0.fc1") is None
+    assert scheme.packing("lm_head") == packings()["int8"]
+    assert scheme.packing("model.language_model.layers.0.mlp.up_proj") == packings(128)["nf4"]
 
 
 # ---- bitsandbytes itself, which has the arithmetic on GPUs ---------------------------------------
@@ -290,7 +295,7 @@ def test_a_scheme_says_what_it_is() -> None:
 @torch.no_grad()
 def test_layers_of_the_library(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(folder)
-    name = "language_model.model.layers.1.mlp.down_proj"  # 64 columns: whole blocks of its
+    name = "model.language_model.layers.1.mlp.down_proj"  # 64 columns: whole blocks of its
     weight = model.get_submodule(name).weight.clone()
     codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
     kept = bitsandbytes.functional.dequantize_4bit(codes, state)

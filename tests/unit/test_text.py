@@ -303,7 +303,8 @@ def test_arrays(small: Tokenizer, kind: str, array: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"padding": "max_length"}, "allowed are False, True, 'longest'"),
+        ({"padding": "max_length"}, "needs max_length"),
+        ({"padding": "most"}, "allowed are False, True, 'longest'"),
         ({"padding_side": "up"}, "allowed are None, 'left', 'right'"),
         ({"return_tensors": "tf"}, "allowed are None, 'np', 'pt'"),
     ],

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from PIL import Image
 
-from vidlm.api.index_file import Index, checked_name, damaged, read_index, write_index
-from vidlm.api.keywords import plain
-from vidlm.engine import Request, Timings
+from vidlm.api.index_fields import Index, printable
+from vidlm.api.index_file import checked_name, damaged, read_index, write_index
+from vidlm.api.keywords import AskKeywords, plain
+from vidlm.api.sources import check_question
+from vidlm.engine import Request, Timings, prefix_kv
+from vidlm.engine.ambient import Autocast
+from vidlm.engine.answers import budget_of
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.store import weights_stamp
 from vidlm.errors import InvalidArgument
 from vidlm.hf import FrameOptions
 from vidlm.media import is_image
 from vidlm.models.base import Encoded, Media, Prompt
-from vidlm.native import Cache
-from vidlm.types import FrameRef, SamplingParams
+from vidlm.types import FrameRef, SamplingParams, checked
 
 if TYPE_CHECKING:
     from vidlm.api.answer import Answer, AnswerStream
     from vidlm.api.chat import Chat
     from vidlm.api.lm import LM
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,61 +81,75 @@ class VideoHandle:
     @classmethod
     def load(cls, lm: LM, path: Path, frames: FrameOptions) -> VideoHandle:
         """What `save` wrote. Raises InvalidArgument, naming what differs, where it was written by
-        another model, dtype or version or with other frames than are asked for."""
-        index, media, layers = read_index(path, lm.identity, plain(frames))
+        another model, dtype or version or with other frames than are asked for; MediaFetchError
+        where the file may not be read."""
+        path = lm.processor.reader.path(path)
+        index, media, layers = read_index(path, lm.identity, lm.model, plain(frames))
         here = tuple(_on_device(item, lm) for item in media)
         prompt = Prompt(index.prompt, here)
-        _check_whole(path, lm, prompt, layers)
+        try:
+            PromptInputs(lm.model, prompt)
+        except InvalidArgument as error:
+            raise damaged(path, error) from error
         if layers:
             lm.engine.store(prompt, layers)
         made_by = weights_stamp(lm.model)
         shown = (index.name, index.frames, index.warnings)
         return cls(lm, *shown, here, index.parts, index.sampling, made_by)
 
-    def ask(self, question: str, **options: Any) -> Answer:
+    def ask(self, question: str, **options: Unpack[AskKeywords]) -> Answer:
         """As `lm.ask`, about this video."""
         return self.lm.ask(self, question, **options)
 
-    def stream(self, question: str, **options: Any) -> AnswerStream:
+    def stream(self, question: str, **options: Unpack[AskKeywords]) -> AnswerStream:
         """As `lm.stream`, about this video."""
         return self.lm.stream(self, question, **options)
 
-    def chat(self, **options: Any) -> Chat:
+    def chat(self, **options: Unpack[AskKeywords]) -> Chat:
         """As `lm.chat`, about this video."""
         return self.lm.chat(self, **options)
 
     def prompt(self, question: str, system: str | None = None) -> Prompt:
         """What the engine is asked by `ask`: for a `Request` to an engine of your own."""
+        check_question(question)
         parts = [*self.parts, {"type": "text", "text": question}]
         messages = [*system_message(system), {"role": "user", "content": parts}]
-        processor = self.lm.processor
-        return processor.prompt(processor.render(messages), self.media)
+        return self.lm.processor.chat_prompt(messages, self.media)
 
     def save(self, path: str | Path, *, kv: bool = True, system: str | None = None) -> None:
         """Write the features and, with `kv`, the keys and values of the prompt up to the question
         to a .safetensors file, which `lm.video(path)` answers from without the video.
 
         `system` is the system prompt that questions will have: it stands in front of the video.
-        Pixels are not kept. Raises InvalidArgument for another suffix, OSError where it cannot be
-        written.
+        Keys and values are computed for it where the engine does not have them, and never under
+        autocast. Those of an exact engine are of whole cells of 512 tokens: of a shorter prompt
+        there are none, and a line of the log says so. Pixels are not kept; control characters in
+        the name and in warnings are written as escapes. Raises InvalidArgument for another suffix,
+        ContextOverflow where no question would fit, OutputError where it cannot be written.
         """
         path = checked_name(path)
         lm, engine = self.checked(self.lm, FrameOptions()).lm, self.lm.engine
         prompt = self._beginning(system)
-        if kv:  # puts what is stored below into the cache, features too
-            for _ in engine.stream(Request(prompt, SamplingParams(max_new_tokens=1))):
-                pass
-        layers = engine.stored(prompt) if kv else []
+        budget_of(lm.model, Request(prompt, SamplingParams(max_new_tokens=1)))
+        with Autocast.off(lm.model).entered():
+            encoded = engine.features(self.media)
+            layers = prefix_kv(engine, prompt, encoded) if kv else []
+        if kv and not layers:
+            LOG.warning(
+                "%s: no keys and values are saved, as the %d tokens of the prompt are less than "
+                "the engine stores; the features are",
+                *(path, len(prompt.ids)),
+            )
         index = Index(
             identity=lm.identity,
-            name=self.name,
+            name=printable(self.name),
             frames=self.frames,
-            warnings=self.warnings,
+            warnings=tuple(map(printable, self.warnings)),
             parts=self.parts,
             sampling=self.sampling,
             prompt=prompt.ids,
         )
-        write_index(path, index, self.media, engine.features(self.media), layers)
+        write_index(path, index, self.media, encoded, layers)
 
     def checked(self, lm: LM, frames: FrameOptions) -> VideoHandle:
         """This handle. Raises InvalidArgument where it is not of this model as it is now, or has
@@ -168,7 +189,7 @@ def _name(source: Any) -> str:
 
 def system_message(text: str | None) -> list[dict[str, Any]]:
     """The messages of a conversation before its first turn."""
-    if text is None:
+    if checked("system", text, str | None) is None:
         return []
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
@@ -187,21 +208,6 @@ def _part(source: Any) -> dict[str, Any]:
     if isinstance(source, str | Path):
         return {"type": "image", "path": str(source)}
     return {"type": "image", "image": source}
-
-
-def _check_whole(path: Path, lm: LM, prompt: Prompt, layers: Sequence[tuple[Cache, Cache]]) -> None:
-    """Whether what a file says fits together, and the model that it names."""
-    try:
-        PromptInputs(lm.model, prompt, None)
-    except InvalidArgument as error:
-        raise damaged(path, error) from error
-    if not layers:
-        return
-    sizes, shapes = lm.model.decoder.config, {tuple(x.shape) for pair in layers for x in pair}
-    (shape,) = shapes if len(shapes) == 1 else [()]
-    known = shape[::2] == (sizes.num_key_value_heads, sizes.head_dim)
-    if len(layers) != sizes.num_hidden_layers or not known or shape[1] > len(prompt.ids):
-        raise damaged(path, f"{len(layers)} layers of keys and values of shapes {shapes}")
 
 
 def _on_device(item: Media, lm: LM) -> Media:

@@ -4,50 +4,30 @@ agree before they may be used."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from vidlm.errors import InvalidArgument, MediaNotFound
-from vidlm.models.base import Encoded, Media
+from vidlm.api.index_check import STORED, check_finite, check_media, check_tensors, kv_names
+from vidlm.api.index_fields import Identity, Index, Stated, parse_index
+from vidlm.errors import InvalidArgument, MediaNotFound, WeightsError
+from vidlm.files import replaced
+from vidlm.hub import TensorEntry, read_open_header
+from vidlm.models.base import Encoded, Media, VideoModel
 from vidlm.models.media_state import media_from_state, media_to_state
 from vidlm.native import Cache, Coded, tensors_of
 from vidlm.quant import PRESETS, preset
-from vidlm.types import FrameRef
+from vidlm.weights import write_tensors
 
 SUFFIX = ".safetensors"
 FORMAT = "vidlm-video-1"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What made an index, all of which must agree with the model that uses it."""
-
-    model_type: str
-    dtype: str
-    config: str  # a digest of it: what is not in the weights, rope's base for one
-    weights: str  # their fingerprint
-    exact: bool  # whether its engine is exact, which needs what an exact one made
-    kv_dtype: str | None = None  # of keys and values, as EngineOptions has it
-    scheme: str | None = None  # how weights are packed, or their dtype; None: a file says neither
-
-
-@dataclass(frozen=True)
-class Index:
-    """What is said in an index of the video and of the prompt up to the question."""
-
-    identity: Identity
-    name: str
-    frames: tuple[FrameRef, ...]
-    warnings: tuple[str, ...]
-    parts: tuple[dict[str, Any], ...]
-    sampling: Mapping[str, Any]
-    prompt: tuple[int, ...]
+MAX_INDEX_BYTES = 16 << 20  # of the file's header: a million ids, and as many frames
 
 
 def is_index(source: Any) -> bool:
@@ -68,7 +48,7 @@ def write_index(
     encoded: Sequence[Encoded],
     layers: Sequence[tuple[Cache, Cache]],
 ) -> None:
-    """Write it whole or not at all. Raises OSError."""
+    """Write it whole or not at all. Raises OutputError."""
     tensors: dict[str, Tensor] = {}
     states = []
     for i, (item, features) in enumerate(zip(media, encoded, strict=True)):
@@ -76,72 +56,97 @@ def write_index(
         states.append(values)
         tensors.update({f"media.{i}.{name}": tensor for name, tensor in own.items()})
     for i, pair in enumerate(layers):
-        for cache, names in zip(pair, _names(i), strict=True):
+        for cache, names in zip(pair, kv_names(i), strict=True):
             tensors.update(zip(names, tensors_of(cache), strict=False))
     told = {**asdict(index), "media": states, "layers": len(layers)}
+    if len(json.dumps(json.dumps(told))) > MAX_INDEX_BYTES - 1024 * (1 + len(tensors)):
+        raise InvalidArgument(
+            f"{path}: what is said of the video takes more than {MAX_INDEX_BYTES} bytes; save "
+            "fewer frames"
+        )
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()  # says why it cannot be written, if it cannot
-        save_file(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial:
+        write_tensors(whole, partial, {"format": FORMAT, "index": json.dumps(told)})
 
 
 def read_index(
-    path: Path, identity: Identity, frames: Mapping[str, Any]
+    path: Path, identity: Identity, model: VideoModel, frames: Mapping[str, Any]
 ) -> tuple[Index, tuple[Media, ...], list[tuple[Cache, Cache]]]:
     """The index, its media with their features, and keys and values of every layer, if it has them.
 
-    Raises InvalidArgument, naming what differs, where it was not made by the model of `identity`,
-    or with other frames than are asked for, and where it is no such file.
+    The file may come from anybody: nothing is read before its size is known to be right, and media
+    take their digests from the file's, so that what it brings is only ever found by its own
+    questions. Raises InvalidArgument, naming what differs, where it was not made by the model of
+    `identity`, or with other frames than are asked for, and where it is no such file.
     """
     if not path.is_file():
         raise MediaNotFound(f"{path} does not exist; save a video with lm.video(...).save(path)")
-    try:
-        with safe_open(path, "pt") as file:
-            told = _told(path, file.metadata() or {})
-            index = _index(told)
+    with _reading(path):
+        with path.open("rb") as file:
+            entries, metadata = read_open_header(file, path, MAX_INDEX_BYTES)
+            stated = _stated(path, metadata)
+            index = stated.index
             _check(path, index, identity, frames)
-            _check_kv_dtype(path, index, identity, told["layers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        media = [_media(i, state, tensors) for i, state in enumerate(told["media"])]
+            _check_kv_dtype(path, index, identity, stated.layers)
+            check_tensors(entries, stated, model)
+            tensors, digest = _read(file, entries, metadata["index"])
+        media = [_media(i, state, tensors) for i, state in enumerate(stated.media)]
+        check_media(media, model)
         coded = index.identity.kv_dtype is not None
-        layers = [_pair(i, tensors, coded) for i in range(told["layers"])]
+        layers = [_pair(i, tensors, coded) for i in range(stated.layers)]
+    return index, tuple(item.from_file(digest) for item in media), layers
+
+
+def _read(
+    file: BinaryIO, entries: Mapping[str, TensorEntry], text: str
+) -> tuple[dict[str, Tensor], bytes]:
+    """All tensors, and a digest of everything that is used of the file."""
+    shapes = sorted(
+        (entry.start, name, entry.dtype, entry.shape) for name, entry in entries.items()
+    )
+    hashed = sha256(json.dumps([text, shapes]).encode())
+    tensors: dict[str, Tensor] = {}
+    for start, name, dtype, shape in shapes:
+        bytes_ = torch.empty(entries[name].stop - start, dtype=torch.uint8)
+        view = memoryview(bytes_.numpy())  # type: ignore[arg-type]  # an ndarray is a buffer
+        file.seek(start)
+        if file.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise ValueError("it ends early")
+        hashed.update(view)
+        tensors[name] = bytes_.view(STORED[dtype]).view(shape)
+    check_finite(tensors)
+    return tensors, hashed.digest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading a file raises into InvalidArgument."""
+    try:
+        yield
     except InvalidArgument:
         raise
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except WeightsError as error:
+        why = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
+        raise damaged(path, why.partition("; it is damaged")[0]) from error
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(path, error) from error
-    return index, tuple(media), layers
 
 
 def damaged(path: Path, why: object) -> InvalidArgument:
     return InvalidArgument(f"{path} is damaged ({why}); save the video again")
 
 
-def _told(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _stated(path: Path, metadata: Mapping[str, str]) -> Stated:
     if metadata.get("format") != FORMAT:
         raise InvalidArgument(
             f"{path} is no video saved by this version of vidlm (its format is "
-            f"{metadata.get('format')!r}, wanted is {FORMAT!r}); save it again"
+            f"{metadata.get('format')!a:.80}, wanted is {FORMAT!r}); save it again"
         )
-    told: dict[str, Any] = json.loads(metadata["index"])
-    return told
-
-
-def _index(told: Mapping[str, Any]) -> Index:
-    return Index(
-        Identity(**told["identity"]),
-        told["name"],
-        tuple(FrameRef(**frame) for frame in told["frames"]),
-        tuple(told["warnings"]),
-        tuple(told["parts"]),
-        told["sampling"],
-        tuple(told["prompt"]),
-    )
+    if metadata.keys() != {"format", "index"}:
+        raise ValueError(f"its metadata are {sorted(metadata)!a:.200}")
+    return parse_index(metadata["index"])
 
 
 def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, Any]) -> None:
@@ -167,14 +172,9 @@ def check_saved(path: Path, frames: Mapping[str, Any]) -> None:
     where it is none, is damaged, or has other frames than are asked for."""
     if not path.is_file():
         raise MediaNotFound(f"{path} does not exist; save a video with lm.video(...).save(path)")
-    try:
-        with safe_open(path, "pt") as file:
-            index = _index(_told(path, file.metadata() or {}))
-    except InvalidArgument:
-        raise
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise damaged(path, error) from error
-    _check_frames(path, index, frames)
+    with _reading(path), path.open("rb") as file:
+        _, metadata = read_open_header(file, path, MAX_INDEX_BYTES)
+        _check_frames(path, _stated(path, metadata).index, frames)
 
 
 def _check_frames(path: Path, index: Index, frames: Mapping[str, Any]) -> None:
@@ -209,18 +209,11 @@ def _check_kv_dtype(path: Path, index: Index, identity: Identity, layers: int) -
         )
 
 
-def _names(layer: int) -> list[tuple[str, str]]:
-    """Of a layer's keys and values: each one's own, and that of their scales, if they are coded."""
-    return [(f"kv.{layer}.{kind}", f"kv.{layer}.{kind}.scales") for kind in ("keys", "values")]
-
-
 def _pair(layer: int, tensors: Mapping[str, Tensor], coded: bool) -> tuple[Cache, Cache]:
     found: list[Cache] = [
         Coded(tensors[name], tensors[scales]) if coded else tensors[name]
-        for name, scales in _names(layer)
+        for name, scales in kv_names(layer)
     ]
-    if not all(cache.sound for cache in found if isinstance(cache, Coded)):
-        raise ValueError(f"layer {layer} has keys or values that do not fit their scales")
     keys, values = found
     return keys, values
 

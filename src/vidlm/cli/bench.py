@@ -152,7 +152,7 @@ def decode(given: Decode) -> None:
 def _answer(lm: LM, source: Any, given: Latency) -> Figures:
     """One question about a video that nothing is known of, and another one about the same."""
     lm.engine.clear()
-    options = {"max_tokens": given.max_tokens, "min_new_tokens": given.max_tokens}
+    options: dict[str, Any] = dict.fromkeys(("max_tokens", "min_new_tokens"), given.max_tokens)
     began = time.perf_counter()
     answer = lm.ask(source, QUESTIONS[0], frames=given.frames, **options)
     whole, took = time.perf_counter() - began, answer.timings
@@ -205,8 +205,7 @@ def _serve_all(engine: Engine, requests: Sequence[Request]) -> Figures:
 def _serve(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
     """Seconds and tokens, from frames that are in memory to the last token."""
     began = time.perf_counter()
-    numbers = [engine.add(request) for request in requests]
-    count = sum(1 for _ in engine.follow(numbers))
+    count = sum(1 for _ in engine.stream_all(requests))
     return time.perf_counter() - began, count
 
 

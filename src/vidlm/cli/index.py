@@ -21,6 +21,7 @@ from vidlm.cli.sources import (
     take,
 )
 from vidlm.errors import InvalidArgument
+from vidlm.files import make_folder, output_error
 
 
 def index(given: Index) -> None:
@@ -46,7 +47,7 @@ def index(given: Index) -> None:
             progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
             began = time.perf_counter()
             progress.now(f"{count} for {target}")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             video.save(target, kv=not given.no_kv, system=system)
             size = f"{target.stat().st_size / 1e6:,.1f} MB"
             progress.done(time.perf_counter() - began, "save", f"{target}, {size}")
@@ -78,13 +79,13 @@ def target_files(given: Index) -> list[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError, before any work is done, where no file can be written into a folder, which
-    may not be there yet."""
+    """Raises OutputError, before any work is done, where no file can be written into a folder,
+    which may not be there yet."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        raise output_error(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+        raise output_error(there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _named(output: Path) -> Path:

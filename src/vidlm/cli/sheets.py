@@ -15,6 +15,7 @@ from vidlm.cli.options import FRAMES, Frames
 from vidlm.cli.progress import Progress, printable
 from vidlm.cli.sources import STDIN, check_sources, chosen_frames, file_stem, is_saved, take
 from vidlm.errors import InvalidArgument
+from vidlm.files import make_folder, write_bytes
 
 if TYPE_CHECKING:
     from vidlm.hf import ProcessorMixin
@@ -126,15 +127,10 @@ def _save(video: Video, output: Path, force: bool) -> None:
         sys.stdout.buffer.write(picture.getvalue())
         sys.stdout.buffer.flush()
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        partial.write_bytes(picture.getvalue())
-        if output.exists() and not force:  # since it was looked for
-            raise InvalidArgument(f"{output} exists already; replace it with --force")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_folder(output.parent)
+    if output.exists() and not force:  # since it was looked for
+        raise InvalidArgument(f"{output} exists already; replace it with --force")
+    write_bytes(output, picture.getvalue())
 
 
 def _name(video: Video, model: str | None) -> None:

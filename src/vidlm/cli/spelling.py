@@ -9,7 +9,9 @@ from typing import Any
 
 # What the library calls an option, where it complains about one: "fps=0.0 is not above 0".
 OPTIONS: Mapping[str, str] = {
+    "frames": "--frames",
     "num_frames": "--frames",
+    "max_tokens": "--max-tokens",
     "max_new_tokens": "--max-tokens",
     "top_p": "--top-p",
     "device_map": "--device",

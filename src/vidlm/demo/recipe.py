@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from vidlm import files
 from vidlm.hf import LlavaConfig
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"  # the trained model, inside the package
@@ -82,7 +83,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def write_files(folder: Path, tokenizer: Tokenizer) -> None:
     """Everything of a checkpoint but config.json and the weights, under the hub's file names."""
     half = [0.5, 0.5, 0.5]
-    files = {
+    words = {
         "preprocessor_config.json": {
             "image_processor_type": "SiglipImageProcessor",
             "processor_class": "LlavaProcessor",
@@ -111,10 +112,7 @@ def write_files(folder: Path, tokenizer: Tokenizer) -> None:
         },
         "generation_config.json": {"eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 96},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    texts: dict[str, str | bytes] = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    texts |= {name: json.dumps(content, indent=2) + "\n" for name, content in words.items()}
     template = CHECKPOINT / "chat_template.jinja"
-    if folder != CHECKPOINT:
-        (folder / template.name).write_text(template.read_text())
+    files.write_files(folder, {**texts, template.name: template.read_bytes()})

@@ -15,6 +15,7 @@ from vidlm.api import LM, load
 from vidlm.demo.questions import QA, ask_one, follow_up, pair_questions, right
 from vidlm.demo.world import Clip, draw_clip, draw_pair, write_mp4
 from vidlm.engine import Timings
+from vidlm.files import make_folder, replaced
 from vidlm.hf import DEMO
 from vidlm.media import contact_sheet, load_video
 
@@ -61,9 +62,9 @@ def show(out: Path, seed: int, echo: Echo) -> None:
     One video has several things in it, the other two are a pair to be compared. The same seed draws
     the same videos and asks the same questions.
     """
+    make_folder(out)
     lm = load(DEMO)
     rng = np.random.default_rng((KEY, seed))
-    out.mkdir(parents=True, exist_ok=True)
     tally = _Tally()
     size = sum(parameter.numel() for parameter in lm.model.parameters())
     echo(f"A model of {size / 1e6:.1f} million parameters, which was trained on moving shapes,")
@@ -97,7 +98,8 @@ def _save(clip: Clip, path: Path, what: str, echo: Echo) -> Path:
     """Write a clip and the contact sheet of what the model sees of it."""
     write_mp4(clip, path)
     sheet = path.with_suffix(".png")
-    contact_sheet(load_video(path, num_frames=FRAMES)).save(sheet)
+    with replaced(sheet) as partial:
+        contact_sheet(load_video(path, num_frames=FRAMES)).save(partial, "PNG")
     echo(f"\n{what}: {path}")
     echo(f"  the {FRAMES} frames that the model sees of it: {sheet}")
     return path

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from vidlm.demo import recipe
 from vidlm.demo.dataset import IGNORE, Batch, Look, batch, look, mix_at
 from vidlm.demo.questions import corpus
+from vidlm.files import append_line, make_folder, write_bytes, write_files
 from vidlm.models.llava import LlavaNetwork
 from vidlm.nn.step import Trace, packed
 from vidlm.text import Tokenizer
@@ -104,7 +105,7 @@ def answer_loss(model: LlavaNetwork, locate: nn.Linear, data: Batch) -> tuple[Te
     wanted = target != IGNORE
     right = (logits.argmax(-1) == target)[wanted].float().mean().item()
     loss = cross_entropy(logits, target, ignore_index=IGNORE)
-    decoder = model.language_model.model
+    decoder = model.decoder
     half_way = decoder.norm(layers[len(decoder.layers) // 2][places])
     return loss + PATCHES * _patch_loss(model, locate, half_way, data), right
 
@@ -206,7 +207,7 @@ def stages(
 def compile_layers(model: LlavaNetwork) -> None:
     """Compile each layer in place: after a minute of compiling, a quarter less time a step."""
     torch._dynamo.config.recompile_limit = 64  # one per layer and batch shape
-    tower, decoder = model.vision_tower.vision_model, model.language_model.model
+    tower, decoder = model.body.vision_tower, model.decoder
     for layer in (*tower.encoder.layers, *decoder.layers):
         layer.compile(dynamic=False)
 
@@ -254,25 +255,24 @@ def note(
     loss, right = np.mean(window, axis=0)
     row = {"stage": stage.name, "step": done, "loss": round(float(loss), 4)}
     row |= {"right": round(float(right), 4), "seconds": round(seconds, 1)}
-    with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(out / "log.jsonl", json.dumps(row))
     print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def store(parts: dict[str, Any], step: int, path: Path) -> None:
     """Write the state of a stage, whole or not at all."""
-    new = path.with_suffix(".new")
-    torch.save({**{name: part.state_dict() for name, part in parts.items()}, "step": step}, new)
-    new.replace(path)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    buffer = BytesIO()  # torch.save would say no more than "failed writing file"
+    torch.save({**states, "step": step}, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def export(model: LlavaNetwork, folder: Path) -> None:
     """config.json and bfloat16 weights beside the tokenizer's files."""
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    (folder / "config.json").write_text(config)
     exported = LlavaNetwork(model.config)
     exported.load_state_dict(model.state_dict())
-    save(exported.to(torch.bfloat16), folder)
+    save(exported.to(torch.bfloat16), folder, beside={"config.json": config})
 
 
 def main() -> None:
@@ -290,11 +290,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     folder = train(args)
     if args.install:
-        shutil.copytree(folder, recipe.CHECKPOINT, dirs_exist_ok=True)
-        shutil.copy(Path(args.out) / "log.jsonl", recipe.CHECKPOINT / "training_log.jsonl")
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        files["training_log.jsonl"] = (Path(args.out) / "log.jsonl").read_bytes()
+        write_files(recipe.CHECKPOINT, files)
 
 
 if __name__ == "__main__":

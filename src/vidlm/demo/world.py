@@ -19,6 +19,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
 from vidlm.errors import InvalidArgument
+from vidlm.files import replaced
 
 Frames = NDArray[np.uint8]
 Floats = NDArray[np.floating]
@@ -210,7 +211,7 @@ def write_mp4(
     if size % 2:
         raise InvalidArgument(f"size is {size}; yuv420p halves it, so give an even one")
     frames = render(clip, size)
-    with av.open(str(path), "w", format="mp4") as container:
+    with replaced(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=clip.fps, options={"crf": "18"})
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"

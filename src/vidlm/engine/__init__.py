@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vidlm.engine.aio import AsyncEngine
-from vidlm.engine.engine import Engine
-from vidlm.engine.loop import generate, run
+from vidlm.engine.engine import Engine, Handle
+from vidlm.engine.loop import generate, prefix_kv, run
 from vidlm.engine.options import EngineOptions, EngineStats
 from vidlm.engine.request import Failure, Output, Request, Token
 from vidlm.engine.timing import Timings
@@ -15,10 +15,12 @@ __all__ = [
     "EngineOptions",
     "EngineStats",
     "Failure",
+    "Handle",
     "Output",
     "Request",
     "Timings",
     "Token",
     "generate",
+    "prefix_kv",
     "run",
 ]

@@ -1,35 +1,21 @@
-"""An engine behind asyncio: its steps run on one thread, its tokens arrive on event loops."""
+"""An engine behind asyncio: a thread makes its steps, and tokens arrive on event loops."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import queue
-import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from threading import Condition, Thread
 
-from vidlm.engine.engine import Engine
+from vidlm.engine.ambient import Autocast
+from vidlm.engine.engine import Engine, Handle
 from vidlm.engine.request import Failure, Request, Token
 from vidlm.engine.timing import Timings
 from vidlm.errors import EngineClosed
 
 Event = Token | Failure
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Where the tokens of a request go."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event]
-
-    def put(self, event: Event) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:
-            if not self.loop.is_closed():  # then nobody is left to read it
-                raise
+PREPARING = 2  # threads that prepare prompts: digests of a long video take a while
 
 
 class AsyncEngine:
@@ -40,11 +26,11 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._readers: dict[int, _Reader] = {}  # the thread's own
-        self._closing = threading.Lock()
+        self._changed = Condition()  # guards what follows
+        self._open: dict[_Sink, Handle] = {}  # requests that have not ended
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="vidlm-engine", daemon=True)
+        self._pool = ThreadPoolExecutor(PREPARING, "vidlm-prepare")
+        self._thread = Thread(target=self._work, name="vidlm-engine", daemon=True)
         self._thread.start()
 
     async def __aenter__(self) -> AsyncEngine:
@@ -57,100 +43,113 @@ class AsyncEngine:
         self, request: Request, timings: Timings | None = None
     ) -> AsyncIterator[Token]:
         """Tokens of a request as they are decided. Leaving the iteration, and cancelling the task,
-        abort it. Raises what `Engine.add` raises, what went wrong in the model, and EngineClosed.
-        """
-        reader = _Reader(asyncio.get_running_loop(), asyncio.Queue())
-        future = self._add(request, timings, reader)
-        try:
-            number = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._abort_late)
-            raise
+        cancel it. Raises what `Engine.submit` raises, what went wrong in the model, and
+        EngineClosed. The prompt is prepared beside the event loop and beside the engine's steps."""
         unfinished = request.params.n
+        sink = _Sink(asyncio.get_running_loop(), unfinished, self._ended)
+        future = self._submit_soon(request, timings, sink)
+        try:
+            handle = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_cancel_late)
+            raise
         try:
             while unfinished:
-                event = await reader.events.get()
+                event = await sink.events.get()
                 if isinstance(event, Failure):
                     raise event.error
                 unfinished -= event.finish is not None
                 yield event
         finally:
-            if unfinished:
-                self._tasks.put(lambda: self._abort(number))
+            self._ended(sink)
+            handle.cancel()
 
     def close(self) -> None:
         """End the thread; requests under way end with EngineClosed."""
-        with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._tasks.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._thread.join()
+        self._pool.shutdown()
 
-    def _add(
-        self, request: Request, timings: Timings | None, reader: _Reader
-    ) -> concurrent.futures.Future[int]:
-        future: concurrent.futures.Future[int] = concurrent.futures.Future()
+    def _submit_soon(
+        self, request: Request, timings: Timings | None, sink: _Sink
+    ) -> Future[Handle]:
+        autocast = Autocast.of_thread(self.engine.model)  # a thread of the pool has another
 
-        def add() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                number = self.engine.add(request, timings)
-            except BaseException as error:
-                future.set_exception(error)
-                return
-            self._readers[number] = reader
-            future.set_result(number)
+        def submit() -> Handle:
+            with autocast.entered():
+                handle = self.engine.submit(request, sink, timings)
+            with self._changed:
+                closed = self._closed
+                if not (closed or sink.ended):
+                    self._open[sink] = handle
+                    self._changed.notify_all()
+            if closed:
+                handle.cancel()
+                raise EngineClosed("the engine was closed while it answered")
+            return handle
 
-        with self._closing:
+        with self._changed:
             if self._closed:
                 raise EngineClosed("the engine was closed; make a new AsyncEngine")
-            self._tasks.put(add)
-        return future
+            return self._pool.submit(submit)
 
-    def _abort_late(self, future: concurrent.futures.Future[int]) -> None:
-        """A request that came in although nobody waits for it any more."""
-        if not future.cancelled() and future.exception() is None:
-            self._tasks.put(lambda: self._abort(future.result()))
-
-    def _abort(self, number: int) -> None:
-        self._readers.pop(number, None)
-        self.engine.abort(number)
+    def _ended(self, sink: _Sink) -> None:
+        with self._changed:
+            sink.ended = True
+            self._open.pop(sink, None)
 
     # ---- the thread ----------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while self._drain():
-            if self.engine.idle:
-                continue
+        while self._wait_for_requests():
             try:
-                self._dispatch(self.engine.step())
+                self.engine.step()
             except BaseException as error:
                 self._fail_all(error)
         self._fail_all(EngineClosed("the engine was closed while it answered"))
 
+    def _wait_for_requests(self) -> bool:
+        """False when it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or self._closed)
+            return not self._closed
+
     def _fail_all(self, error: BaseException) -> None:
-        for number, reader in self._readers.items():
-            self.engine.abort(number)
-            reader.put(Failure(number, error))
-        self._readers.clear()
+        with self._changed:
+            failed = list(self._open.items())
+        for sink, handle in failed:
+            handle.cancel()
+            with suppress(RuntimeError):  # its loop is closed
+                sink(Failure(handle.id, error))
 
-    def _drain(self) -> bool:
-        """Do what was asked for; waits for it where there is nothing else to do. False at the
-        end."""
-        while True:
-            try:
-                task = self._tasks.get(block=self.engine.idle)
-            except queue.Empty:
-                return True
-            if task is None:
-                return False
-            task()
 
-    def _dispatch(self, events: list[Event]) -> None:
-        for event in events:
-            if event.request in self._readers:
-                self._readers[event.request].put(event)
-        for number in {event.request for event in events}:
-            if not self.engine.alive(number):
-                self._readers.pop(number, None)
+class _Sink:
+    """Takes a request's tokens to the event loop of its coroutine; `end` is told of the last."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, unfinished: int, end: Callable[[_Sink], None]
+    ) -> None:
+        self._loop, self._unfinished, self._end = loop, unfinished, end
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.ended = False
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed, and nobody is left to read it: see Engine.submit
+            self._end(self)
+            raise
+        if isinstance(event, Failure):
+            self._unfinished = 0
+        elif event.finish is not None:
+            self._unfinished -= 1
+        if self._unfinished <= 0:
+            self._end(self)
+
+
+def _cancel_late(future: Future[Handle]) -> None:
+    """A request that was submitted although nobody waits for it any more."""
+    if not future.cancelled() and future.exception() is None:
+        future.result().cancel()

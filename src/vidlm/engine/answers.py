@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vidlm.engine import beam
+from vidlm.engine.ambient import Autocast
 from vidlm.engine.inputs import PromptInputs
 from vidlm.engine.kv import Table
 from vidlm.engine.request import Request
@@ -62,12 +63,20 @@ class Group:
     answers   those that are not finished, by the number of their scheduled sequence
     pending   choices that begin when the prompt is prefilled
     encoding  of its media, once it has begun
+    autocast  of the thread that submitted it, under which all of it is computed
+    budget    new tokens that each of its answers may get
+    keys      of the prompt's full blocks, and `root` where their chain begins; empty where nothing
+              is shared
     """
 
     id: int
     request: Request
     inputs: PromptInputs
     timings: Timings
+    autocast: Autocast
+    budget: int
+    keys: tuple[bytes, ...]
+    root: bytes
     answers: dict[int, Answer] = field(default_factory=dict)
     pending: list[int] = field(default_factory=list)
     encoding: Generator[None, None, None] | None = None
@@ -90,19 +99,18 @@ def budget_of(model: VideoModel, request: Request) -> int:
 
 
 def _fewer_frames(request: Request, over: int) -> str:
+    """What to change of a prompt that has `over` tokens too many."""
     media = request.prompt.media
-    frames = sum(item.frames for item in media)
+    frames, tokens = sum(item.frames for item in media), sum(item.tokens for item in media)
     if not frames:
         return "shorten the prompt"
-    per_frame = max(sum(item.tokens for item in media) // frames, 1)
-    fit = max(frames - -(-over // per_frame), 0)
-    if not fit:
-        text = len(request.prompt.ids) - sum(item.tokens for item in media)
-        return (
-            f"the question and the rest of its text are too long: they take {text} of these tokens"
-            f", {frames} frames or images the others; shorten the text"
-        )
-    return f"use at most {fit} frames or images (now {frames})"
+    each, text = max(tokens // frames, 1), len(request.prompt.ids) - tokens
+    most = frames - -(-over // each)
+    if most >= 1:
+        return f"use at most {most} frames or images (now {frames})"
+    if text > each:
+        return f"{text} of them are text, which leaves no room for a frame or image; shorten it"
+    return f"a frame or image takes {each} of them, and not even one fits; give a smaller one"
 
 
 def watch(params: SamplingParams, tokenizer: Tokenizer | None) -> Callable[[int], bool]:

@@ -98,7 +98,7 @@ def _extend(
     count = max(2, 1 + len(params.eos_token_ids)) * params.num_beams
     best, places = scores.flatten().topk(min(count, scores.numel()))
     # Divided in float32, so that answers whose scores almost tie rank as in transformers.
-    penalised = best / length**params.length_penalty
+    penalised = best / length ** float(params.length_penalty)
     candidates = []
     for score, place, final in zip(best.tolist(), places.tolist(), penalised.tolist(), strict=True):
         parent, token = divmod(place, V)

@@ -70,7 +70,9 @@ Run = Callable[[VideoModel, PagedKV, Sequence[Any]], Tensor]  # prefill of Parts
 def prefill(model: VideoModel, kv: PagedKV, parts: Sequence[Part]) -> Tensor:
     """Logits (B, V) float32 after the parts that want them."""
     lengths = tuple(len(part.x) for part in parts)
-    positions = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    positions = torch.cat(
+        [torch.arange(part.start, part.stop, dtype=torch.int64, device="cpu") for part in parts]
+    )
     pages = kv.pages([part.table for part in parts], [part.stop for part in parts], lengths)
     step = Step(upload(positions, kv.device), lengths, pages=pages)
     memory = tuple(part.memory for part in parts)

@@ -18,18 +18,25 @@ from vidlm.nn.upload import upload
 class PromptInputs:
     """What a prompt's tokens are embedded as, chunk by chunk.
 
-    With a cache, features come from there where they can, and go there when they are made.
-    Raises InvalidArgument where placeholders and media do not fit each other.
+    With a cache (`use`), features come from there where they can, and go there when they are made,
+    under keys that begin with `tag`: what besides the media they depend on. Raises InvalidArgument
+    where placeholders and media do not fit each other.
     """
 
-    def __init__(self, model: VideoModel, prompt: Prompt, cache: FeatureCache | None) -> None:
-        self._model, self._prompt, self._cache = model, prompt, cache
-        self._ids = torch.tensor(prompt.ids)
+    def __init__(self, model: VideoModel, prompt: Prompt, tag: bytes = b"") -> None:
+        self._model, self._prompt, self._tag = model, prompt, tag
+        self._cache: FeatureCache | None = None
+        self._ids = torch.tensor(prompt.ids, dtype=torch.int64, device="cpu")
         self._places = _places(model, self._ids, prompt.media)
         self._features: list[Encoded | None] = [None for _ in prompt.media]
         self._memory: Memory | None = None
         self._readers: Tensor | None = None
         self._was_read = False  # whether a token that attends to the memory was computed
+        self.recall()
+
+    def use(self, cache: FeatureCache) -> None:
+        """Share features with other prompts from here on."""
+        self._cache = cache
         self.recall()
 
     def recall(self) -> bool:
@@ -38,13 +45,20 @@ class PromptInputs:
             if self._features[i] is None and item.encoded is not None:
                 self._features[i] = self._checked(i, item.encoded)
             elif self._features[i] is None and self._cache is not None:
-                self._features[i] = self._cache.get(item.digest)
+                self._features[i] = self._cache.get(self._tag + item.digest)
         return self.encoded
 
     @property
     def digests(self) -> list[bytes]:
         """Of all media, in order."""
         return [item.digest for item in self._prompt.media]
+
+    @property
+    def root(self) -> bytes:
+        """What features, and all keys and values, depend on besides the prompt: the tag, and the
+        first file that media were read from. It may bring keys and values of the text in front of
+        its media, too, which no other prompt may find."""
+        return self._tag + next((item.origin for item in self._prompt.media if item.origin), b"")
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -94,11 +108,12 @@ class PromptInputs:
     def rows(self, ids: Sequence[int], start: int) -> Tensor:
         """The tokens `ids` (n,), which stand at `start` of prompt and answer, embedded: (n, D)."""
         device, stop = self._model.device, start + len(ids)
-        x = self._model.embed(upload(torch.tensor(ids), device))
+        x = self._model.embed(upload(torch.tensor(ids, dtype=torch.int64, device="cpu"), device))
         for i, (begin, end) in self._stretches.items():
             if begin < stop and start < end:
                 places = self._places[i]
-                first, last = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
+                span = torch.tensor([start, stop], dtype=torch.int64, device="cpu")
+                first, last = torch.searchsorted(places, span).tolist()
                 rows = upload(places[first:last] - start, device)
                 tokens = upload(self._feature(i).tokens[first:last], device, x.dtype)
                 x = x.index_copy(0, rows, tokens)
@@ -147,7 +162,7 @@ class PromptInputs:
         for i in alike:
             self._features[i] = self._checked(i, encoded)
         if self._cache is not None:
-            self._cache.put(self._prompt.media[alike[0]].digest, encoded)
+            self._cache.put(self._tag + self._prompt.media[alike[0]].digest, encoded)
 
     def _checked(self, i: int, encoded: Encoded) -> Encoded:
         wanted, given = len(self._places[i]), len(encoded.tokens)

@@ -44,7 +44,8 @@ class PagedKV:
 
     Heads come before slots, so that tokens whose blocks follow each other are read in one run. On a
     CPU the buffers are address space alone until tokens are written; they are made when the first
-    token arrives, whose shape and dtype they take. Where `coded`, they hold eight bits a number,
+    token arrives, whose shape and dtype they take; under autocast the dtype also holds `dtype`,
+    that of steps without. Where `coded`, they hold eight bits a number,
     whatever the dtype. Which block is whose, `blocks.BlockPool` knows. `empty` finds memory as
     torch.empty does.
     """
@@ -56,9 +57,10 @@ class PagedKV:
         device: torch.device = CPU,
         coded: bool = False,
         empty: Callable[..., Tensor] = torch.empty,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.blocks, self.block, self.device, self.coded = blocks, block, device, coded
-        self._memory = empty
+        self._memory, self._dtype = empty, dtype
         self._layers: list[tuple[Cache, Cache]] = []
 
     @property
@@ -77,7 +79,10 @@ class PagedKV:
         shape = (K, self.blocks * self.block, E)
         if self.coded:
             return Coded.empty(shape, x.device, self._memory)
-        return self._memory(shape, dtype=x.dtype, device=x.device)
+        dtype = x.dtype
+        if self._dtype is not None and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.promote_types(dtype, self._dtype)  # steps without it come, too
+        return self._memory(shape, dtype=dtype, device=x.device)
 
     def pages(
         self, tables: Sequence[Sequence[int]], stops: Sequence[int], lengths: Sequence[int]
@@ -92,7 +97,7 @@ class PagedKV:
             self.layer,
             self.block,
             self._padded([np.array(table, np.int32) for table in tables], stops),
-            torch.tensor(stops, dtype=torch.int32),
+            torch.tensor(stops, dtype=torch.int32, device="cpu"),
             torch.cat(news),
             tuple(spans),
         ).to(self.device)
@@ -160,12 +165,15 @@ class PagedKV:
         if all(b == blocks[0] + i for i, b in enumerate(blocks)):
             begin = blocks[0] * size + offset
             return slice(begin, begin + stop - start)
-        ids = torch.tensor(blocks)[:, None] * size + torch.arange(size)
+        ids = torch.tensor(blocks, dtype=torch.int64, device="cpu")[:, None] * size
+        ids = ids + torch.arange(size, dtype=torch.int64, device="cpu")
         return ids.flatten()[offset : offset + stop - start]
 
 
 def _slots(span: slice | Tensor) -> Tensor:
-    return torch.arange(span.start, span.stop) if isinstance(span, slice) else span
+    if isinstance(span, slice):
+        return torch.arange(span.start, span.stop, dtype=torch.int64, device="cpu")
+    return span
 
 
 def _picked(cache: Cache, slots: Tensor) -> Cache:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from vidlm.engine.ambient import default_cpu
 from vidlm.engine.answers import budget_of
 from vidlm.engine.engine import Engine
 from vidlm.engine.memory import free_for_layers
-from vidlm.engine.options import BLOCK, EngineOptions
+from vidlm.engine.options import BLOCK, EXACT_GRID, EngineOptions
 from vidlm.engine.request import Output, Request, Token
 from vidlm.engine.runner import reserve
 from vidlm.engine.store import block_bytes, blocks_for
 from vidlm.engine.timing import Timings
-from vidlm.models.base import VideoModel
+from vidlm.models.base import Encoded, Media, Prompt, VideoModel
+from vidlm.native import Cache
 from vidlm.native.memory import ALIGNED
 from vidlm.text import Tokenizer
-from vidlm.types import FinishReason
+from vidlm.types import FinishReason, SamplingParams
 
 
 def generate(
@@ -63,7 +65,39 @@ def run(
     timings = timings if timings is not None else Timings()
     with _memory(model, options) as empty:
         engine = Engine(model, tokenizer=tokenizer, options=options, empty=empty)
-        yield from engine.follow([engine.add(request, timings) for request in requests])
+        yield from engine.stream_all(requests, timings)  # numbered as they are submitted
+
+
+def prefix_kv(
+    engine: Engine, prompt: Prompt, encoded: Sequence[Encoded]
+) -> list[tuple[Cache, Cache]]:
+    """Keys and values (K, S, E) of every layer of all full blocks of a prompt: what the engine's
+    cache has of them, or else computed apart, where it keeps nothing or gave up some meanwhile.
+    `encoded` are the features of its media.
+
+    An exact engine stores whole cells of 512 tokens. Empty where the prompt has no full block or
+    cell.
+    """
+    unit = EXACT_GRID if engine.options.exact else BLOCK
+    count = len(prompt.ids) // unit * unit
+    if not count:
+        return []
+    media = tuple(map(Media.without_pixels, prompt.media, encoded))
+    request = Request(Prompt(prompt.ids, media), SamplingParams(max_new_tokens=1))
+    options = replace(
+        _bounded(engine.model, [request], engine.options), share=True, cuda_graphs=False
+    )
+    if engine.options.share:
+        layers = _prefilled(engine, request)
+        if layers and layers[0][0].shape[1] == count:
+            return layers
+    return _prefilled(Engine(engine.model, options=options), request)
+
+
+def _prefilled(engine: Engine, request: Request) -> list[tuple[Cache, Cache]]:
+    for _ in engine.stream(request):
+        pass
+    return engine.stored(request.prompt)
 
 
 @contextmanager
@@ -73,7 +107,10 @@ def _memory(model: VideoModel, options: EngineOptions) -> Iterator[Callable[...,
         yield torch.empty
         return
     buffers = 4 * len(model.layer_devices)  # each may begin at the next line of the cache
-    with model.spare.lent(options.kv_bytes + buffers * ALIGNED) as arena:
+    with ExitStack() as stack:
+        with default_cpu():
+            lent = model.spare.lent(options.kv_bytes + buffers * ALIGNED)
+            arena = stack.enter_context(lent)
         yield arena.empty
 
 

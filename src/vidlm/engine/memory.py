@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")
+from vidlm.engine.cgroups import cgroup_free_bytes
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+ROOT = Path("/")
+UNKNOWN = 4 << 30  # bytes, where the system does not tell
 
 
 def free_bytes(device: torch.device) -> int:
@@ -25,38 +36,35 @@ def free_for_layers(devices: Sequence[torch.device]) -> int:
     return min(free_bytes(device) * len(devices) // own for device, own in counts.items())
 
 
-def host_free_bytes() -> int:
-    """Of this machine, or of the container that this process may fill."""
-    free = _machine()
-    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(limit - used + _file_cache(), 0))
-    return free
+def host_free_bytes(root: Path = ROOT) -> int:
+    """Of this machine, or of what control groups and limits of the process leave of it."""
+    left = (_machine(root), cgroup_free_bytes(root), *_until_limits(root))
+    return min(free for free in left if free is not None)
 
 
-def _machine() -> int:
+def _machine(root: Path) -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = (root / "proc/meminfo").read_text("utf-8", "replace").splitlines()
     except OSError:  # not Linux
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 4 << 30
-    return 4 << 30
+        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else UNKNOWN
+    found = dict(re.findall(r"^(\w+): +(\d{1,15}) kB$", "\n".join(lines), re.MULTILINE))
+    if "MemAvailable" in found:
+        return int(found["MemAvailable"]) * 1024
+    parts = [int(found[name]) for name in ("MemFree", "Buffers", "Cached") if name in found]
+    return sum(parts) * 1024 if parts else UNKNOWN  # a kernel before 3.14
 
 
-def _file_cache() -> int:
-    """Bytes of files that count as used and are given up at need."""
+def _until_limits(root: Path) -> Iterator[int]:
+    """Bytes until the limits of address space and data (ulimit -v and -d)."""
+    if resource is None:  # Windows
+        return
     try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(x.split()[1]) for x in lines if x.startswith("inactive_file ")), 0)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None  # "max": no limit
+        sizes = (root / "proc/self/statm").read_text("ascii").split()
+        page, held = os.sysconf("SC_PAGE_SIZE"), (int(sizes[0]), int(sizes[5]))
+    except (OSError, ValueError, IndexError):
+        return
+    for limit, pages in zip((resource.RLIMIT_AS, resource.RLIMIT_DATA), held, strict=True):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            yield max(most - pages * page, 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vidlm.engine.features import FeatureStats
 from vidlm.engine.sequence import SchedulerStats
 from vidlm.errors import InvalidArgument
+from vidlm.types import checked, type_hints
 
 BLOCK = 16  # tokens whose keys and values lie, and are shared, together
 KV_DTYPES = (None, "int8")
@@ -46,6 +47,8 @@ class EngineOptions:
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in type_hints(EngineOptions).items():
+            checked(name, getattr(self, name), kind)
         for name in ("kv_bytes", "max_sequences", "chunk", "idle_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -25,7 +25,7 @@ class Request:
 class Token:
     """One new token of a request; the last one of a choice has a `finish`.
 
-    request  the number that `Engine.add` gave it; for `run`, its place among the requests
+    request  the number of its `Handle`; for `run`, its place among the requests
     choice   which of its `n` answers
     logprob  natural logarithm of its probability before any filter or temperature, and
     top      the likeliest tokens with theirs, likeliest first: where `logprobs` asked for them

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidlm.engine import beam, forward
+from vidlm.engine.ambient import Autocast
 from vidlm.engine.answers import Answer, Beams, Group, begin
 from vidlm.engine.blocks import OutOfBlocks
 from vidlm.engine.graphs import graphs_for
@@ -53,15 +54,15 @@ class Runner:
 
     # ---- requests come and go ------------------------------------------------------------------
 
-    def begin(self, group: Group, budget: int) -> None:
+    def begin(self, group: Group) -> None:
         """Queue a request. Raises NeverFits, InvalidArgument for stop strings without tokenizer."""
         if self._graphs is not None:
             self._graphs.check()
+        if self._share:
+            group.inputs.use(self._store.features)
         params = group.request.params
-        first = begin(
-            *(self._model, group, self._scheduled(group, budget, params.num_beams), 0),
-            self._tokenizer,
-        )
+        scheduled = self._scheduled(group, params.num_beams)
+        first = begin(self._model, group, scheduled, 0, self._tokenizer)
         self.scheduler.add(first.scheduled)
         group.pending = list(range(1, params.n))
         self.groups[group.id] = group
@@ -85,21 +86,20 @@ class Runner:
         self._store.kv.copy(self.scheduler.copies)
         self.scheduler.copies.clear()
 
-    def _scheduled(self, group: Group, budget: int, beams: int = 1) -> Scheduled:
-        inputs, shared = group.inputs, self._share
-        ids, keys = inputs.ids, tuple(self._store.keys(inputs))
+    def _scheduled(self, group: Group, beams: int = 1) -> Scheduled:
+        inputs, keys, ids = group.inputs, group.keys, group.inputs.ids
         return Scheduled(
             id=next(self._numbers),
             prompt=len(ids),
-            budget=budget,
+            budget=group.budget,
             keys=keys,
             encoded=inputs.encoded or self._store.covers(inputs, keys),
             tail=list(ids[len(ids) // BLOCK * BLOCK :]),
-            root=self._store.root(inputs) if shared else b"",
-            media=tuple(inputs.spans) if shared else (),
+            root=group.root,
+            media=tuple(inputs.spans) if self._share else (),
             # The next turn of a chat has the answer in its prompt, and attends from there.
             continues=not self._model.has_memory or self._model.memory_in_decode,
-            reserve=reserve(beams, budget),
+            reserve=reserve(beams, group.budget),
             pinned=beams > 1,
         )
 
@@ -145,13 +145,24 @@ class Runner:
             sequence.encoded = inputs.recall() or self._store.covers(inputs, sequence.keys)
         if plan.encode is not None:
             self._encode(self._answers[plan.encode.id].group)
-        if plan.prefill:
-            self._prefill(plan.prefill)
-        if plan.decode:
-            self._decode([work for work in plan.decode if work.sequence.id in self._answers])
+        for autocast, works in self._alike(plan.prefill).items():
+            with autocast.entered():
+                self._prefill(works)
+        for autocast, works in self._alike(plan.decode).items():
+            with autocast.entered():
+                self._decode([work for work in works if work.sequence.id in self._answers])
+
+    def _alike(self, works: Sequence[Work]) -> dict[Autocast, list[Work]]:
+        """Those that are computed together, as their requests were submitted under the same."""
+        parted: dict[Autocast, list[Work]] = {}
+        for work in works:
+            answer = self._answers.get(work.sequence.id)
+            if answer is not None:
+                parted.setdefault(answer.group.autocast, []).append(work)
+        return parted
 
     def _encode(self, group: Group) -> None:
-        with self._ending([group]), _timed([group], "encode"):
+        with self._ending([group]), _timed([group], "encode"), group.autocast.entered():
             if group.encoding is None:
                 group.encoding = group.inputs.encoding(one_by_one=self._exact)
             if next(group.encoding, self) is self:
@@ -247,7 +258,7 @@ class Runner:
                 scheduled = self.scheduler.fork(first.scheduled, next(self._numbers))
                 now = True
             except OutOfBlocks:  # it waits for room and, if need be, computes the prompt again
-                scheduled = self._scheduled(group, first.scheduled.budget)
+                scheduled = self._scheduled(group)
                 self.scheduler.add(scheduled)
                 now = False
             answer = begin(self._model, group, scheduled, choice, self._tokenizer)

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vidlm.nn.upload import upload
 from vidlm.types import SamplingParams
+
+# Scores beyond it mean the same, and even divided by the least temperature they stay finite.
+FAR = 1e30
 
 
 def process(
@@ -32,7 +36,7 @@ def process(
     if params.temperature == 0:
         return logits
     if params.temperature != 1:
-        logits = logits / params.temperature
+        logits = logits / min(params.temperature, FAR)
     if params.top_k:
         logits = _top_k(logits, params.top_k)
     if params.top_p < 1:
@@ -62,7 +66,7 @@ class Sampler:
         self._remembers = params.repetition_penalty != 1
         # Thousands of a prompt's ids are one and the same placeholder: once is enough.
         known = set(prompt_ids) if self._remembers else ()
-        self._seen = torch.tensor([*known], dtype=torch.int64, device=device)
+        self._seen = upload(torch.tensor([*known], dtype=torch.int64), device)
         self._generator: torch.Generator | None = None
         if params.temperature > 0 and params.seed is not None:
             self._generator = torch.Generator(device).manual_seed((params.seed + choice) % 2**63)
@@ -121,12 +125,13 @@ def _penalise(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -
     # A prompt may hold ids that the head has no row for: all of them land in one that is cut off.
     ids, padded = ids.clamp(max=V), functional.pad(logits, (0, 1))  # (V + 1,)
     scores = padded[ids]
-    scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-FAR, FAR)
     return padded.scatter(0, ids, scores)[:V]
 
 
 def _forbid(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    places = torch.tensor([t for t in tokens if t < len(logits)], device=logits.device).long()
+    known = [t for t in tokens if t < len(logits)]
+    places = torch.tensor(known, dtype=torch.int64, device=logits.device)
     return logits.index_fill(0, places, -torch.inf)
 
 

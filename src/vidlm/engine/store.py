@@ -38,7 +38,10 @@ class Store:
         self.pool = BlockPool(count, BLOCK)
         blocks = count + options.cuda_graphs  # one that is nobody's, for `engine.graphs`
         self.kv = PagedKV(
-            blocks, BLOCK, model.device, coded=options.kv_dtype is not None, empty=empty
+            *(blocks, BLOCK, model.device),
+            coded=options.kv_dtype is not None,
+            empty=empty,
+            dtype=model.decoder.embed_tokens.weight.dtype,
         )
         self.features = FeatureCache(options.feature_bytes if options.share else 0)
 
@@ -49,8 +52,10 @@ class Store:
         return block_keys(inputs.ids, inputs.spans, BLOCK, self.root(inputs))
 
     def root(self, inputs: PromptInputs) -> bytes:
-        """Where text attends to media ahead of it, its keys and values depend on all of them."""
-        return b"".join(inputs.digests) if self._model.has_memory else b""
+        """What a prompt's keys and values depend on besides ids and media up to a block's end:
+        where text attends to media ahead of it, all of them."""
+        ahead = b"".join(inputs.digests) if self._model.has_memory else b""
+        return inputs.root + ahead
 
     def covers(self, inputs: PromptInputs, keys: Sequence[bytes]) -> bool:
         """Whether all media of a prompt are stored as keys and values, so that no layer asks for
@@ -121,5 +126,12 @@ def block_bytes(model: VideoModel, kv: str | None = None) -> int:
 
 def weights_stamp(model: torch.nn.Module) -> object:
     """Something that differs when weights were changed: a model may be trained between two
-    questions. Changes through `.data` in place are not seen."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    questions, and PEFT's adapters switched or merged. Changes through `.data` in place are not
+    seen."""
+    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    adapted = [m for m in model.modules() if hasattr(type(m), "disable_adapters")]
+    switches = [
+        (str(m.active_adapters), m.disable_adapters, str(getattr(m, "merged_adapters", None)))
+        for m in adapted
+    ]
+    return weights, switches

@@ -5,9 +5,10 @@ from __future__ import annotations
 from vidlm.hf.auto import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from vidlm.hf.cache import Cache
 from vidlm.hf.configs import CLIPVisionConfig, LlamaConfig
-from vidlm.hf.conversation import VIDEO_OPTIONS, FrameOptions
 from vidlm.hf.features import BatchFeature
+from vidlm.hf.frame_options import VIDEO_OPTIONS, FrameOptions
 from vidlm.hf.image_processing import (
+    LlavaImageProcessor,
     LlavaNextVideoImageProcessor,
     VideoLlama3ImageProcessor,
     VideoLlama3ImageProcessorFast,
@@ -66,6 +67,7 @@ __all__ = [
     "LlamaConfig",
     "LlavaConfig",
     "LlavaForConditionalGeneration",
+    "LlavaImageProcessor",
     "LlavaNextVideoConfig",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaNextVideoImageProcessor",

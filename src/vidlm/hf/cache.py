@@ -37,8 +37,10 @@ class Cache:
     attention_mask over all columns so far. It is changed in place.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, *, packed: bool = False) -> None:
+        """`packed`: of rows with several sequences, of which nothing is kept."""
         self.rows = tuple(GrowingKV() for _ in range(rows))
+        self.packed = packed
         self.mask: Tensor | None = None  # (B, S) bool of the columns so far
 
     def get_seq_length(self) -> int:
@@ -48,6 +50,11 @@ class Cache:
     def new_columns(self, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """The (B, L) mask of new tokens of this shape, out of a mask over all columns."""
         B, L = shape
+        if self.packed:
+            raise InvalidArgument(
+                "past_key_values of packed rows: new tokens would follow several sequences at "
+                "once; run each sequence in a row of its own to continue it"
+            )
         if len(self.rows) != B:
             raise InvalidArgument(
                 f"past_key_values of {len(self.rows)} rows for a batch of {B}; pass those that "
@@ -55,7 +62,7 @@ class Cache:
             )
         if self.mask is None or attention_mask is None:
             if attention_mask is None:
-                return torch.ones(B, L, dtype=torch.bool)
+                return torch.ones(B, L, dtype=torch.bool, device="cpu")
             return attention_mask.bool()
         past, given = self.mask.shape[1], tuple(attention_mask.shape)
         known = attention_mask[:, :past].bool().to(self.mask.device)

@@ -24,7 +24,10 @@ IGNORED = -100
 class ForwardKeywords(TypedDict, total=False):
     """What every family's `forward` takes beside ids, mask and media; all may be left out.
 
-    position_ids     (B, L); real tokens are counted unless given
+    position_ids     (B, L) or (1, L); real tokens are counted unless given. Without attention_mask
+                     and past_key_values, a position that does not go up begins a sequence of its
+                     own: packed rows, which do not attend to each other. Without use_cache, too, a
+                     position that goes up by more than 1
     past_key_values  the Cache of the forward before; input_ids then holds the new tokens alone and
                      attention_mask all columns so far
     inputs_embeds    (B, L, D) instead of input_ids; media go where it equals the embedding of their
@@ -115,9 +118,13 @@ def states(model: VideoModel, call: Call) -> States:
     encoded = model.encode(call.media, **call.encode)
     x = _embedded(model, call, mask, encoded)
     use_cache = call.use_cache if call.use_cache is not None else not model.training
-    if cache is None and use_cache:
-        cache = Cache(len(mask))
-    step = _with_memory(model, call, mask, encoded, _step(call, mask, cache))
+    positions = _positions(call, mask, cache)
+    lengths = _lengths(call, mask, positions, gaps=not use_cache)
+    packed_rows = len(lengths) > len(mask)
+    if cache is None and use_cache and not (packed_rows and call.use_cache is None):
+        cache = Cache(len(mask), packed=packed_rows)
+    step = _step(call, positions[mask], lengths, None if packed_rows else cache)
+    step = _with_memory(model, call, mask, encoded, step)
     packed = model.hidden(x, step)
     past = torch.zeros(len(mask), 0, dtype=torch.bool, device=mask.device)
     if cache is not None:
@@ -131,7 +138,10 @@ def states(model: VideoModel, call: Call) -> States:
         else tuple(unpack(h.to(mask.device), mask) for h in hidden),
         "attentions": None
         if attentions is None
-        else tuple(_spread(layer, mask, past) for layer in attentions),
+        else tuple(
+            _on_the_diagonal(layer, mask) if packed_rows else _spread(layer, mask, past)
+            for layer in attentions
+        ),
     }
     for kind in ("image", "video"):
         mine = [e for m, e in zip(call.media, encoded, strict=True) if m.kind == kind]
@@ -165,7 +175,7 @@ def placeholder_ids(model: VideoModel, embeds: Tensor) -> Tensor:
     """Embedded tokens (..., D) -> (...) the placeholder's id where one stands, -1 elsewhere."""
     ids = torch.full(embeds.shape[:-1], -1, dtype=torch.int64, device=embeds.device)
     for id in model.config.placeholders.values():
-        row = model.embed(torch.tensor([id], device=embeds.device))[0].to(embeds)
+        row = model.embed(torch.tensor([id], dtype=torch.int64, device=embeds.device))[0].to(embeds)
         ids[(embeds == row).all(-1)] = id
     return ids
 
@@ -179,11 +189,11 @@ def _with_memory(
         return replace(step, memory=kept) if any(kept) else step
     if call.input_ids is None:
         raise InvalidArgument("media with a memory need input_ids, which say whose they are")
-    ids = call.input_ids.to(mask.device)
-    rows: list[list[Encoded]] = [[] for _ in mask]
+    sequences = call.input_ids.to(mask.device)[mask].split(step.lengths)
+    rows: list[list[Encoded]] = [[] for _ in sequences]
     for kind, placeholder in model.config.placeholders.items():
         mine = [e for m, e in zip(call.media, encoded, strict=True) if m.kind == kind]
-        wanted = ((ids == placeholder) & mask).sum(1).tolist()
+        wanted = [int((ids == placeholder).sum()) for ids in sequences]
         ahead = iter(mine)
         for row, count in zip(
             rows, share(wanted, [len(e.tokens) for e in mine], kind), strict=True
@@ -193,7 +203,7 @@ def _with_memory(
     if step.kv is not None and model.memory_in_decode:
         for store, memory in zip(step.kv, made, strict=True):
             store.memory = memory
-    readers = torch.cat([model.readers(row[real]) for row, real in zip(ids, mask, strict=True)])
+    readers = torch.cat([model.readers(ids) for ids in sequences])
     return replace(step, memory=made, readers=readers)
 
 
@@ -217,7 +227,8 @@ def _embedded(model: VideoModel, call: Call, mask: Tensor, encoded: Sequence[Enc
     return insert(x, ids, wanted, call.media, encoded)
 
 
-def _step(call: Call, mask: Tensor, cache: Cache | None) -> Step:
+def _positions(call: Call, mask: Tensor, cache: Cache | None) -> Tensor:
+    """The position (B, L) of each of the call's columns."""
     B, L = mask.shape
     columns = cache.get_seq_length() if cache is not None else 0
     if call.cache_position is not None:
@@ -227,16 +238,43 @@ def _step(call: Call, mask: Tensor, cache: Cache | None) -> Step:
                 f"cache_position={call.cache_position.tolist()}; these tokens are columns "
                 f"{columns} to {columns + L - 1}: leave it out"
             )
-    before = [0] * B if cache is None else [row.length for row in cache.rows]
-    positions = mask.long().cumsum(1) - 1 + torch.tensor(before, device=mask.device)[:, None]
     if call.position_ids is not None:
-        positions = call.position_ids.to(mask.device).expand_as(mask)
+        positions: Tensor = call.position_ids.to(mask.device)
+        if positions.shape not in ((B, L), (1, L), (L,)):
+            raise InvalidArgument(
+                f"position_ids of shape {tuple(positions.shape)} for tokens of shape {(B, L)}; "
+                "give one position for each token, placeholders of media expanded"
+            )
+        return positions.expand_as(mask)
+    before = [0] * B if cache is None else [row.length for row in cache.rows]
+    past = torch.tensor(before, dtype=torch.int64, device=mask.device)
+    return mask.long().cumsum(1) - 1 + past[:, None]
+
+
+def _lengths(call: Call, mask: Tensor, positions: Tensor, gaps: bool) -> tuple[int, ...]:
+    """Tokens of each sequence: of each row, or of each run of positions in packed rows.
+
+    Without a cache, a gap begins a sequence, too: transformers' find_packed_sequence_indices
+    (parity: tests/parity/test_packed_rows.py). With one, transformers attends across all of them;
+    here a position that does not go up still begins one, and a gap is the caller's spacing.
+    """
+    given = call.attention_mask, call.past_key_values
+    if call.position_ids is None or any(each is not None for each in given):
+        return tuple(mask.sum(1).tolist())
+    begins = torch.ones_like(mask)
+    ahead = positions.diff(dim=1)
+    begins[:, 1:] = ahead != 1 if gaps else ahead < 1
+    starts = begins.flatten().nonzero()[:, 0]
+    return tuple(starts.diff(append=starts.new_tensor([mask.numel()])).tolist())
+
+
+def _step(call: Call, positions: Tensor, lengths: tuple[int, ...], cache: Cache | None) -> Step:
     trace = Trace(
         hidden=[] if call.output_hidden_states else None,
         attentions=[] if call.output_attentions else None,
     )
     kv = cache.rows if cache is not None else None
-    return Step(positions[mask], tuple(mask.sum(1).tolist()), kv, trace=trace)
+    return Step(positions, lengths, kv, trace=trace)
 
 
 def _spread(rows: Sequence[Tensor], mask: Tensor, past: Tensor) -> Tensor:
@@ -248,6 +286,18 @@ def _spread(rows: Sequence[Tensor], mask: Tensor, past: Tensor) -> Tensor:
         wide = weights.new_zeros(*weights.shape[:2], seen.shape[1])
         wide[:, :, columns] = weights
         out[i][:, new] = wide  # a view of one row: written to with gradients, too
+    return out
+
+
+def _on_the_diagonal(sequences: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Weights (H, n, n) of the sequences in packed rows -> (B, H, L, L), 0 between sequences."""
+    (B, L), H = mask.shape, sequences[0].shape[0]
+    out, at = sequences[0].new_zeros(B, H, L, L, device=mask.device), 0
+    for weights in sequences:
+        row, start = divmod(at, L)
+        own = slice(start, start + weights.shape[1])
+        out[row, :, own, own] = weights.to(mask.device)
+        at += weights.shape[1]
     return out
 
 

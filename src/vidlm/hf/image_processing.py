@@ -8,21 +8,19 @@ test_image_processing.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument, UnsupportedModel
 from vidlm.hf.features import BatchFeature
+from vidlm.hf.image_input import channels_first, flat_images, read_frame, warn_of_scaled
 from vidlm.hf.pack import padded
-from vidlm.hf.words import COMMON, FIRST, LAST, NONE, PixelProcessor, choice
-from vidlm.media import load_image, to_rgb
+from vidlm.hf.words import COMMON, LAST, NONE, PixelProcessor, choice
 from vidlm.vision.anyres import PINPOINTS, AnyRes
 from vidlm.vision.patches import HALF, Patchify
 from vidlm.vision.preprocess import (
@@ -30,8 +28,9 @@ from vidlm.vision.preprocess import (
     CLIP_STD,
     MODES,
     Frame,
+    PillowPreprocess,
     Preprocess,
-    as_tensor,
+    pillow_resize,
     resize,
     shortest_edge,
     to_pixels,
@@ -47,6 +46,13 @@ CLIP_WORDS: Mapping[str, Any] = {
     "image_mean": list(CLIP_MEAN),
     "image_std": list(CLIP_STD),
 }
+SIGLIP_WORDS: Mapping[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": list(HALF),
+    "image_std": list(HALF),
+}
+EDGES: Mapping[str, str] = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 PATCH_WORDS: Mapping[str, Any] = {
     **COMMON,
     "image_mean": list(HALF),
@@ -120,10 +126,38 @@ class ImageProcessor(PixelProcessor):
         else:
             raise InvalidArgument(f"size={dict(size)}; give shortest_edge, or height and width")
         short = pixels.dtype in (torch.float16, torch.bfloat16)  # which torch does not resize
-        out = resize(pixels.float() if short else pixels, wanted, MODES[int(resample)])
+        resized = pillow_resize if isinstance(self.core, PillowPreprocess) else resize
+        out = resized(pixels.float() if short else pixels, wanted, MODES[int(resample)])
         layout = choice("data_format", data_format) or layout
         out = out[0] if layout == NONE else out.movedim(0, -1) if layout == LAST else out
         return np.ascontiguousarray(out.to(pixels.dtype).numpy())
+
+
+class LlavaImageProcessor(ImageProcessor):
+    """Images for LLaVA, as CLIP's and SigLIP's processors -> pixel_values (B, 3, H, W)."""
+
+    defaults = CLIP_WORDS
+    kind = ("image_processor_type", "CLIPImageProcessor")
+    model_input_names = ("pixel_values",)
+    do_center_crop: bool
+
+    @classmethod
+    def adapted(cls, words: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a file of SigLIP's leaves out means something else than in one of CLIP's."""
+        return {**SIGLIP_WORDS, **words} if "Siglip" in str(words.get(cls.kind[0])) else words
+
+    @property
+    def core(self) -> Preprocess:
+        return Preprocess.from_dict(self.words)
+
+    def pixels(
+        self, frames: Sequence[Frame], layouts: Sequence[str]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        return {"pixel_values": laid_out(map(self.core.one, frames), layouts, self)}
+
+    def to_dict(self) -> dict[str, Any]:
+        kind = "CLIPImageProcessor" if self.do_center_crop else "SiglipImageProcessor"
+        return {**super().to_dict(), "image_processor_type": kind}
 
 
 class VideoLlavaImageProcessor(ImageProcessor):
@@ -135,7 +169,7 @@ class VideoLlavaImageProcessor(ImageProcessor):
 
     @property
     def core(self) -> Preprocess:
-        return Preprocess.from_dict(self.words)
+        return PillowPreprocess.from_dict(self.words)
 
     def pixels(
         self, frames: Sequence[Frame], layouts: Sequence[str]
@@ -168,7 +202,9 @@ class LlavaNextVideoImageProcessor(ImageProcessor):
         tiles = [core(image) for image in images]
         return {
             "pixel_values": laid_out(padded(tiles) if self.do_pad else tiles, layouts, self),
-            "image_sizes": torch.tensor([image.shape[1:] for image in images]),
+            "image_sizes": torch.tensor(
+                [image.shape[1:] for image in images], dtype=torch.int64, device="cpu"
+            ),
         }
 
 
@@ -177,23 +213,44 @@ class PatchProcessor(PixelProcessor):
 
     for_videos: ClassVar[bool]
     size: dict[str, int]
-    min_pixels: int | None
-    max_pixels: int | None
 
     def __init__(self, **words: Any) -> None:
+        edges = {edge: words.pop(name, None) for name, edge in EDGES.items()}
         super().__init__(**words)
-        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        self.size |= {edge: pixels for edge, pixels in edges.items() if pixels is not None}
-        self.min_pixels = self.max_pixels = None  # `size` says it now
-        if self.size.keys() != edges.keys():
-            raise InvalidArgument(
-                f"size={self.size}; give the least and the most pixels of a frame, as "
-                f"{self.defaults['size']}"
-            )
-        if self.data_format == LAST:
+        if any(pixels is not None for pixels in edges.values()):
+            self.size = {**self.size, **{k: v for k, v in edges.items() if v is not None}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in EDGES:  # other words for those of `size`
+            if value is None:
+                return
+            name, value = "size", {**self.size, EDGES[name]: self._checked(name, value)}
+        if name == "size":
+            value = self._checked(name, value)
+            if value.keys() != set(EDGES.values()):
+                raise InvalidArgument(
+                    f"size={value}; give the least and the most pixels of a frame, as "
+                    f"{self.defaults['size']}"
+                )
+        if name == "data_format" and self._checked(name, value) == LAST:
             raise InvalidArgument(
                 f"data_format={LAST!r}: patches have their channels first; leave it out"
             )
+        super().__setattr__(name, value)
+
+    @property
+    def min_pixels(self) -> int:
+        """The least pixels of a frame, as `size` has it."""
+        return self.size["shortest_edge"]
+
+    @property
+    def max_pixels(self) -> int:
+        """The most pixels of a frame, as `size` has it."""
+        return self.size["longest_edge"]
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {**super().words, **dict.fromkeys(EDGES)}  # `size` says them
 
     @classmethod
     def adapted(cls, words: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -238,91 +295,14 @@ class VideoLlama3ImageProcessor(PatchProcessor, ImageProcessor):
         rows, grids = zip(*(core([frame]) for frame in frames), strict=True)
         return {
             "pixel_values": joined(rows),
-            "image_grid_thw": torch.tensor(grids),
-            "image_merge_sizes": torch.full((len(grids),), core.merge_size),
+            "image_grid_thw": torch.tensor(grids, dtype=torch.int64, device="cpu"),
+            "image_merge_sizes": torch.full(
+                (len(grids),), core.merge_size, dtype=torch.int64, device="cpu"
+            ),
         }
 
 
 VideoLlama3ImageProcessorFast = VideoLlama3ImageProcessor  # its second name
-
-
-# ---- images of any kind ------------------------------------------------------------------------
-
-
-def flat_images(images: Any, grey: bool) -> Iterator[Any]:
-    """Images of any nesting, in order; an array with one dimension more holds several."""
-    if isinstance(images, list | tuple):
-        for image in images:
-            yield from flat_images(image, grey)
-    elif isinstance(images, np.ndarray | Tensor) and images.ndim == (3 if grey else 4):
-        yield from images
-    elif isinstance(images, Image.Image | np.ndarray | Tensor | str | Path):
-        yield images
-    else:
-        raise InvalidArgument(
-            f"a {type(images).__name__} is no image; give PIL images, arrays, "
-            "tensors, paths or URLs"
-        )
-
-
-def read_frame(image: Any, words: PixelProcessor) -> tuple[Frame, str]:
-    """An image as it was given -> RGB, PIL's or (3, H, W), and where its channels were."""
-    if isinstance(image, str | Path):
-        image = load_image(image)
-    if isinstance(image, Image.Image):
-        if not words.do_convert_rgb and image.mode != "RGB":
-            raise InvalidArgument(
-                f"an image of mode {image.mode!r} with do_convert_rgb=False; convert it to 'RGB' "
-                "yourself, or leave do_convert_rgb on"
-            )
-        return to_rgb(image), LAST
-    pixels, layout = channels_first(image, words.input_data_format)
-    if words.do_convert_rgb:
-        pixels = _rgb(pixels)
-    if pixels.shape[0] != 3:
-        raise InvalidArgument(
-            f"an image of shape {tuple(image.shape)} has {pixels.shape[0]} channels; give 3, or "
-            "with do_convert_rgb 1 (grey) or 4 (RGBA)"
-        )
-    return to_pixels(pixels), layout
-
-
-def channels_first(image: Any, layout: str | None) -> tuple[Tensor, str]:
-    """An array or tensor -> (C, H, W), and where its channels were, which `layout` may tell."""
-    if not isinstance(image, np.ndarray | Tensor):
-        raise InvalidArgument(f"a {type(image).__name__}; give an array or a tensor")
-    pixels = image.detach().cpu() if isinstance(image, Tensor) else as_tensor(image)
-    if 0 in pixels.shape or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
-        raise InvalidArgument(
-            f"an image of shape {tuple(image.shape)} and dtype {image.dtype}; give at least one "
-            "pixel, and uint8 (0 to 255) or floats"
-        )
-    if pixels.ndim == 2 and layout in (NONE, None):
-        return pixels[None], NONE
-    if pixels.ndim != 3 or layout == NONE:
-        raise InvalidArgument(
-            f"an image of shape {tuple(image.shape)} with input_data_format={layout!r}; allowed: "
-            "(C, H, W), (H, W, C), and (H, W) of grey values"
-        )
-    if layout is None:
-        # As the reference has it: where both ends may be channels, the first is.
-        ends = {LAST: pixels.shape[2], FIRST: pixels.shape[0]}
-        for name, channels in ends.items():
-            layout = name if channels in (1, 3, 4) else layout
-    if layout is None:
-        raise InvalidArgument(
-            f"an image of shape {tuple(image.shape)} has neither first nor last 1, 3 or 4 "
-            "channels; give grey, RGB or RGBA"
-        )
-    return (pixels if layout == FIRST else pixels.permute(2, 0, 1)), layout
-
-
-def warn_of_scaled(frame: Frame, words: PixelProcessor) -> None:
-    """Log where floats that look like 0 to 1 are about to be divided by 255 once more."""
-    if words.do_rescale and isinstance(frame, Tensor) and frame.is_floating_point():
-        low, high = float(frame.min()), float(frame.max())
-        if low >= 0 and 0 < high <= 1:
-            log.warning("pixels from 0 to 1 are rescaled once more; pass do_rescale=False")
 
 
 def laid_out(
@@ -337,18 +317,3 @@ def laid_out(
 def joined(rows: Sequence[Tensor]) -> Tensor:
     """One behind the other; a single one, which may be large, as it is."""
     return rows[0] if len(rows) == 1 else torch.cat(list(rows))
-
-
-def _rgb(pixels: Tensor) -> Tensor:
-    """Grey (1, H, W) three times; RGBA (4, H, W) before white, with torchvision's arithmetic."""
-    if pixels.shape[0] == 1:
-        return pixels.expand(3, -1, -1)
-    if pixels.shape[0] != 4:
-        return pixels
-    whole = pixels.dtype == torch.uint8
-    values = pixels.float().mul_(1 / 255) if whole else pixels
-    if float(values.min()) < 0 or float(values.max()) > 1:
-        raise InvalidArgument("RGBA pixels that are floats must be from 0 to 1; divide them by 255")
-    colour, alpha = values[:3], values[3:]
-    colour = colour * alpha + (1 - alpha)
-    return colour.mul(255 + 1.0 - 1e-3).to(torch.uint8) if whole else colour

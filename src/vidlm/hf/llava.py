@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from vidlm.hf.forward import TowerKeywords, answer_output
+from vidlm.hf.image_processing import LlavaImageProcessor
 from vidlm.hf.model import ForConditionalGeneration
 from vidlm.hf.outputs import CausalLMOutputWithPast
-from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.tower_processor import TowerProcessor
 from vidlm.models.base import Media
 from vidlm.models.llava import FAMILY, LlavaNetwork
 
 
-class LlavaProcessor(ProcessorMixin):
+class LlavaProcessor(TowerProcessor):
     """Texts and images -> input_ids, attention_mask (B, L) and pixel_values (F, 3, H, W) of all
     images of the batch, one behind the other."""
 
     family = FAMILY
+    image_class = LlavaImageProcessor
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         return {"pixel_values": torch.stack([item.pixels for item in media])}

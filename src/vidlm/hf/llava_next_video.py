@@ -14,7 +14,7 @@ from vidlm.hf.image_processing import LlavaNextVideoImageProcessor
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.pack import padded, stacked
-from vidlm.hf.processor import TOWER_WORDS, TowerProcessor
+from vidlm.hf.tower_processor import TOWER_WORDS, TowerProcessor
 from vidlm.hf.video_processing import LlavaNextVideoVideoProcessor
 from vidlm.models.base import Media
 from vidlm.models.llava_next_video import FAMILY, LlavaNextVideoNetwork, TiledImage
@@ -50,7 +50,9 @@ class LlavaNextVideoProcessor(TowerProcessor):
         batch: dict[str, Any] = {}
         if images:
             batch["pixel_values"] = padded([item.pixels for item in images])
-            batch["image_sizes"] = torch.tensor([item.size for item in images])
+            batch["image_sizes"] = torch.tensor(
+                [item.size for item in images], dtype=torch.int64, device="cpu"
+            )
         if videos:
             batch["pixel_values_videos"] = stacked(videos)
         return batch
@@ -70,7 +72,8 @@ class _Inputs(PretrainedModel, LlavaNextVideoNetwork):
                 "as the processor made them"
             )
         made: list[Media] = []
-        for tiles, (height, width) in zip(images, torch.as_tensor(sizes).tolist(), strict=True):
+        shapes = torch.as_tensor(sizes, dtype=torch.int64, device="cpu").tolist()
+        for tiles, (height, width) in zip(images, shapes, strict=True):
             size = height, width
             pixels = tiles[: self.config.tiles(size)]
             made.append(TiledImage(pixels, self.config.tokens_per_image(size), size=size))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,8 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vidlm.engine import Request, Token, run
+from vidlm.engine import Request, run
 from vidlm.errors import InvalidArgument, UnsupportedModel
+from vidlm.hf.answers import collected, joined, streamed, written_length
 from vidlm.hf.forward import (
     AnswerKeywords,
     Call,
@@ -22,12 +22,13 @@ from vidlm.hf.forward import (
     placeholder_ids,
     read_keywords,
 )
-from vidlm.hf.generation import GenerateCall, read_call
+from vidlm.hf.generation import GenerateCall, generation_keywords, given_config, read_call
+from vidlm.hf.layouts import LayoutReader
 from vidlm.hf.loading import load_model, read_load_options, saved_scheme
 from vidlm.hf.pack import mask_of, share
 from vidlm.hf.placement import Placement
 from vidlm.hub import read_config, read_json
-from vidlm.models.base import Family, Media, Prompt, VideoModel
+from vidlm.models.base import Media, Prompt
 from vidlm.nn.packed import PackedLinear
 from vidlm.quant import scheme_of
 from vidlm.text import Tokenizer
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 GENERATION_FILE = "generation_config.json"
 
 
-class PretrainedModel(VideoModel):
+class PretrainedModel(LayoutReader):
     """What the models of all families share under transformers' names.
 
     `media_inputs` are the names under which `forward` and `generate` take media; `media` reads
@@ -45,7 +46,6 @@ class PretrainedModel(VideoModel):
     has random weights.
     """
 
-    family: ClassVar[Family]
     media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     keywords: ClassVar[type] = AnswerKeywords
     returns_prompt: ClassVar[bool] = True  # whether `generate` repeats the prompt's ids
@@ -62,10 +62,6 @@ class PretrainedModel(VideoModel):
         """Rows (B, L) and their mask with placeholders as often as the media fill them; here they
         have to be so already."""
         return ids, mask
-
-    @classmethod
-    def renames(cls) -> Renames:
-        return cls.family.renames
 
     @classmethod
     def adapted(cls, config: Any, folder: Path, options: Mapping[str, Any]) -> Any:
@@ -103,23 +99,33 @@ class PretrainedModel(VideoModel):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors, for transformers too; of a quantized model what
-        `from_pretrained` reads without the original. Raises UnsupportedModel where bitsandbytes
-        quantized it, on a GPU."""
+        """Write config.json, generation_config.json and safetensors, for transformers too; of a
+        quantized model what `from_pretrained` reads without the original. An older checkpoint in
+        the folder stays as it is until the new one is on the disk.
+
+        Raises UnsupportedModel where bitsandbytes quantized it, on a GPU, and OutputError where
+        the folder cannot be written."""
         quantized = self.quantization_config
         if quantized is not None and not any(type(m) is PackedLinear for m in self.modules()):
             raise UnsupportedModel(
                 "a model that bitsandbytes quantized cannot be written; load it with "
                 "QuantoConfig, or with device_map='cpu', and save that"
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise InvalidArgument(
+                "this model has an adapter on it: save the adapter alone with PeftModel's "
+                "save_pretrained, or the model that merge_and_unload() returns"
+            )
+        save(self, Path(folder), self.renames(), beside=self._texts())
+
+    def _texts(self) -> dict[str, str]:
+        """The files that stand beside the weights."""
+        quantized = self.quantization_config
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         config["torch_dtype"] = config["dtype"]
         if quantized is not None:
             config["quantization_config"] = scheme_of(quantized).to_dict()
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save(self, folder)
+        return {"config.json": json.dumps(config, indent=2) + "\n"}
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
@@ -133,7 +139,7 @@ class PretrainedModel(VideoModel):
         model on several devices would be moved."""
         if self.placement is not None and self.placement.elsewhere:
             for device in {self.placement.main, *self.placement.elsewhere.values()}:
-                if fn(torch.empty(0, device=device)).device != device:
+                if fn(torch.empty(0, dtype=self.dtype, device=device)).device != device:
                     raise InvalidArgument(
                         "this model lies on several devices and cannot be moved; load it again "
                         "with device_map='cpu' or 'cuda'"
@@ -205,14 +211,21 @@ class BaseModel(PretrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for module in list(self.modules()):
-            if "lm_head" in module._modules:
-                del module.lm_head
+        body = self.body
+        del self.model, self.lm_head
+        for name, part in body.named_children():
+            self.add_module(name, part)
+        for name, parameter in body.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
 
     @classmethod
     def renames(cls) -> Renames:
+        """The family's, but for a head that is not there and "model." in front."""
         own = cls.family.renames
-        return replace(own, ignored=(*own.ignored, r"(^|\.)lm_head\."))
+        table = tuple((old, new.removeprefix("model.")) for old, new in own.table)
+        written = tuple((old.replace(r"^model\.", "^"), new) for old, new in own.written)
+        ignored = (*own.ignored, r"(^|\.)lm_head\.")
+        return Renames((*table, (r"^model\.", "")), ignored, (*written, ("^", "model.")))
 
     def tie(self) -> None:
         """There is no head to tie."""
@@ -237,12 +250,11 @@ class ForConditionalGeneration(PretrainedModel):
             model.generation_config = read_json(generation)
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, generation_config.json and safetensors, for transformers too."""
-        super().save_pretrained(folder)
+    def _texts(self) -> dict[str, str]:
+        texts = super()._texts()
         if self.generation_config:
-            text = json.dumps(self.generation_config, indent=2) + "\n"
-            (Path(folder) / GENERATION_FILE).write_text(text)
+            texts[GENERATION_FILE] = json.dumps(self.generation_config, indent=2) + "\n"
+        return texts
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head
@@ -254,47 +266,70 @@ class ForConditionalGeneration(PretrainedModel):
         *,
         streamer: Any = None,
         tokenizer: Any = None,
-        generation_config: Mapping[str, Any] | None = None,
+        generation_config: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompt and answer as one (B, L + n) tensor of ids, short rows filled with pad_token_id;
         with num_return_sequences, as many rows behind each other for each prompt.
 
         Media come under the names that `forward` takes them by. Further keywords, as in
-        transformers: max_new_tokens or max_length, min_new_tokens, do_sample,
+        transformers: max_new_tokens or max_length, min_new_tokens or min_length, do_sample,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_strings (or stop),
         num_beams, num_return_sequences, length_penalty, early_stopping, eos_token_id, pad_token_id.
-        Where media alone exceed max_length, each counts as the one token written for it. What the
-        call leaves out comes from `generation_config`, then from the checkpoint's
-        generation_config.json. Raises TypeError on an unknown keyword, naming the nearest known
-        one. As in transformers, a prompt or answer beyond the model's context is warned of and
-        runs; `vidlm.load(...).ask` refuses it.
+        temperature, top_k, top_p and min_p count where do_sample is True, and are warned of
+        elsewhere. Where media alone exceed max_length, each counts as the one token written for it.
+        What the call leaves out comes from `generation_config`, a dict or transformers'
+        GenerationConfig, then from the checkpoint's generation_config.json. Raises TypeError on an
+        unknown keyword, naming the nearest known one, and InvalidArgument where the call or a file
+        has a value that changes answers and is not supported. As in transformers, a prompt or
+        answer beyond the model's context is warned of and runs; `vidlm.load(...).ask` refuses it.
         """
-        defaults = {**self.generation_config, **(generation_config or {})}
+        if "prepare_inputs_for_generation" in self.__dict__:  # replaced, as PEFT does
+            raise UnsupportedModel(
+                "generate has no room for virtual tokens (prompt tuning, prefix tuning, p-tuning); "
+                "use an adapter of another kind, such as LoRA"
+            )
         eos = self.config.text_config.eos_token_id
         try:
             inputs = {name: kwargs.pop(name, None) for name in self.media_inputs}
+            generation_keywords(kwargs)  # a misspelt one is told of before media are read
+            defaults = {**self.generation_config, **given_config(generation_config)}
             shown = input_ids if self.returns_prompt else input_ids[:, :0]
             prompts = self._prompts(input_ids, mask_of(input_ids, None, attention_mask), inputs)
-            lengths = {"prompt_length": shown.shape[1], "written": _written(prompts)}
-            call = read_call(kwargs, defaults, **lengths, eos=eos)
+            lengths = {"prompt_length": shown.shape[1], "written": written_length(prompts)}
+            call = read_call(kwargs, defaults, **lengths, eos=eos, implied_sampling=False)
             watcher = self._tokenizer(call, tokenizer)
             requests = [Request(p, call.params, strict=False) for p in prompts]
             self._warn_of_length(requests)
             tokens = run(self, requests, tokenizer=watcher)
             if streamer is None:
-                answers = _collected(tokens, len(prompts), call.params.n)
+                answers = collected(tokens, len(prompts), call.params.n)
             elif len(prompts) > 1 or call.params.num_beams > 1 or call.params.n > 1:
                 raise InvalidArgument(
                     "a streamer takes one request, num_beams=1 and num_return_sequences=1"
                 )
             else:
-                answers = [_streamed(tokens, shown, streamer)]
+                answers = [streamed(tokens, shown, streamer)]
         except BaseException as error:
             if hasattr(streamer, "fail"):
                 streamer.fail(error)  # or the thread that iterates over it waits for ever
             raise
-        return _joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
+        return joined(shown.repeat_interleave(call.params.n, 0), answers, call.pad_token_id)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `forward` takes in the next step of a loop of one's own: with past_key_values the
+        new tokens alone, without their media. `generate` does not call it."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if past_key_values is not None and past_key_values.get_seq_length():
+            inputs["input_ids"] = input_ids[:, past_key_values.get_seq_length() :]
+            inputs = {k: v for k, v in inputs.items() if k not in self.media_inputs}
+        return {**inputs, "past_key_values": past_key_values}
 
     def _warn_of_length(self, requests: Sequence[Request]) -> None:
         limit: int = self.config.max_context
@@ -332,41 +367,9 @@ class ForConditionalGeneration(PretrainedModel):
         return Tokenizer.from_folder(self.folder) if self.folder is not None else None
 
 
-def _written(prompts: Sequence[Prompt]) -> int:
-    """Length of the longest prompt as it was written, each image and video as one token."""
-    return max(len(p.ids) - sum(item.tokens - 1 for item in p.media) for p in prompts)
-
-
 def _own_tokens(config: Any) -> dict[str, Any]:
     """What stands in for a generation_config.json: the ids that the text_config names."""
     text = config.text_config
     eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
     values = {"eos_token_id": eos, "pad_token_id": text.pad_token_id}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _collected(tokens: Iterator[Token], requests: int, n: int) -> list[list[int]]:
-    """New ids of each answer; those of one request behind each other."""
-    answers: list[list[int]] = [[] for _ in range(requests * n)]
-    for token in tokens:
-        answers[token.request * n + token.choice].append(token.id)
-    return answers
-
-
-def _streamed(tokens: Iterator[Token], prompt: Tensor, streamer: Any) -> list[int]:
-    """The ids of one request, each passed on at once in the shape that streamers are used to."""
-    answer = []
-    streamer.put(prompt.cpu())
-    for token in tokens:
-        answer.append(token.id)
-        streamer.put(torch.tensor([token.id]))
-    streamer.end()
-    return answer
-
-
-def _joined(ids: Tensor, answers: Sequence[Sequence[int]], pad: int) -> Tensor:
-    longest = max(len(answer) for answer in answers)
-    new = ids.new_full((len(answers), longest), pad)
-    for row, answer in zip(new, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer)
-    return torch.cat((ids, new), dim=1)

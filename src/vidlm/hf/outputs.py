@@ -2,34 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree
 
 from vidlm.hf.cache import Cache
 
 
-@dataclass
-class ModelOutput:
-    """Outputs under transformers' names; absent ones are None.
+class ModelOutput(OrderedDict[str, Any]):
+    """Outputs under transformers' names: an ordered dict whose entries are attributes too.
 
-    Index with a name or, as a tuple without the absent ones, with a number.
+    Absent ones are None as attributes and no entries. A number or slice indexes the tuple of
+    values. Subclasses are dataclasses; like a dict, one is also made of a mapping or of pairs of
+    names and values, which is how `DataParallel` gathers. As in transformers, entries are set,
+    never removed: `del`, `pop`, `update` and `setdefault` raise TypeError.
     """
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in fields(self))
-        return tuple(value for value in values if value is not None)
+    def __init_subclass__(cls) -> None:
+        """Let torch look inside: DistributedDataParallel and torch.func do."""
+        _pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        )
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
+        given = [name for name in names if getattr(self, name) is not None]
+        pairs = _pairs(getattr(self, names[0])) if given == names[:1] else None
+        if pairs is not None:
+            setattr(self, names[0], None)
+            for name, value in pairs:
+                setattr(self, name, value)
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in {f.name for f in fields(self)}:  # type: ignore[arg-type]
+            if value is not None:
+                super().__setitem__(name, value)
+            elif name in self:
+                super().__delitem__(name)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values of all entries, in their order."""
+        return tuple(self.values())
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"entries of {type(self).__name__} are set, never removed; copy it to a dict"
+        )
+
+    __delitem__ = pop = popitem = clear = update = setdefault = _refuse
 
 
-@dataclass
+def _pairs(first: Any) -> list[tuple[str, Any]] | None:
+    """Names and values, where a first argument is a mapping or pairs and no value of a field."""
+    if isinstance(first, Mapping):
+        return list(first.items())
+    if not isinstance(first, Iterator | list | tuple):
+        return None
+    items = list(first)
+    named = all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in items)
+    return items if items and named else None
+
+
+@dataclass(eq=False)
 class ModelOutputWithPast(ModelOutput):
     """What a family's model without a head returns.
 
@@ -48,7 +97,7 @@ class ModelOutputWithPast(ModelOutput):
     video_hidden_states: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class CausalLMOutputWithPast(ModelOutput):
     """What a family's model with its head returns; as ModelOutputWithPast, but
 
@@ -65,7 +114,7 @@ class CausalLMOutputWithPast(ModelOutput):
     video_hidden_states: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
     """What VideoLLaMA3's vision tower returns: last_hidden_state (M, D), hidden_states (P, D) of
     every layer, and attentions, of every layer one (1, H, P, P) for each frame."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,14 @@ def _frames(item: Media, words: Any) -> Iterator[Tensor]:
     yield from pixels if pixels.ndim == 4 else pixels[None]
 
 
+def _channels(values: Sequence[float]) -> Tensor:
+    """One number for each channel, over its pixels."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
+
+
 def _picture(pixels: Tensor, words: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(3, H, W) normalised -> (H, W, 3) uint8: the opposite of `Preprocess`."""
-    mean, std = (torch.tensor(each)[:, None, None] for each in (words.mean, words.std))
+    mean, std = (_channels(each) for each in (words.mean, words.std))
     values = (pixels * std + mean) / words.rescale
     picture: np.ndarray[Any, np.dtype[np.uint8]] = (
         values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -260,7 +260,7 @@ def _by_parameter(
     for key in sorted(told, key=len):
         mine = _below(names, key, renames)
         if not mine and not key.endswith("rotary_emb"):  # others' module without weights
-            tops = dict.fromkeys(name.partition(".")[0] for name in names)
+            tops = dict.fromkeys(re.sub(r"^((model\.)?[^.]*).*", r"\1", name) for name in names)
             raise InvalidArgument(
                 f"device_map names {key!r}, which is no part of the model; its parts begin with "
                 f"{', '.join(tops)}, and '' stands for all"
@@ -286,6 +286,10 @@ def _by_parameter(
 def _below(names: Mapping[str, int], key: str, renames: Renames) -> list[str]:
     """The parameters under a name, ours or that of another layout."""
     mine = [name for name in names if not key or name == key or name.startswith(f"{key}.")]
+    if mine:
+        return mine
+    published = {name: renames.published(name) for name in names}
+    mine = [n for n, other in published.items() if other == key or other.startswith(f"{key}.")]
     if mine:
         return mine
     prefix, whole = renames.name(f"{key}."), renames.name(key)

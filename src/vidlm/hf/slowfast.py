@@ -14,13 +14,16 @@ from torch import Tensor
 from vidlm.errors import InvalidArgument, WeightsError
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.forward import AnswerKeywords, answer_output
-from vidlm.hf.image_processing import flat_images
+from vidlm.hf.image_input import as_images
 from vidlm.hf.model import ForConditionalGeneration
 from vidlm.hf.outputs import CausalLMOutputWithPast
 from vidlm.hf.processor import ProcessorMixin
+from vidlm.hf.tokens import Piece
 from vidlm.hub import read_safetensors_header, weight_files
+from vidlm.media import MediaReader
 from vidlm.models.base import Kind, Media
 from vidlm.models.slowfast import FAMILY, SlowFastConfig, SlowFastNetwork
+from vidlm.text import typed
 from vidlm.vision.preprocess import Preprocess
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -28,14 +31,23 @@ NAMES: Mapping[str, Kind] = {"images": "image", "videos": "video"}
 
 
 class SlowFastImageProcessor:
-    """Frames -> pixel_values (F, 3, S, S), as the authors' CLIPImageProcessor makes them."""
+    """Frames -> pixel_values (F, 3, S, S), as the authors' CLIPImageProcessor makes them. Its words
+    are fixed; `reader` reads paths and URLs."""
+
+    core: Preprocess
 
     def __init__(self, core: Preprocess) -> None:
-        self.core = core
+        vars(self)["core"] = core
+        self.reader = MediaReader()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "reader":
+            raise AttributeError(f"{type(self).__name__} has fixed words, not {name!r} to set")
+        super().__setattr__(name, value)
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
         """Images or the frames (F, H, W, 3) of a video -> a BatchFeature of pixel_values."""
-        pixels = self.core(list(flat_images(images, grey=False)))
+        pixels = self.core(as_images(images, self.reader))
         return BatchFeature(pixel_values=pixels if return_tensors == "pt" else pixels.numpy())
 
     __call__ = preprocess
@@ -54,23 +66,28 @@ class SlowFastProcessor(ProcessorMixin):
     @classmethod
     def of(cls, core: Any) -> Self:
         made = super().of(core)
-        made.image_processor = SlowFastImageProcessor(core.image_pixels)
+        made._keep(image_processor=SlowFastImageProcessor(core.image_pixels))
         return made
 
     def collate(self, media: Sequence[Media]) -> dict[str, Any]:
         batch = {n: [m.pixels for m in media if m.kind == kind] for n, kind in NAMES.items()}
         return {name: pixels for name, pixels in batch.items() if pixels}
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool, marks: typed.Marks = typed.NO_MARKS
+    ) -> Piece:
         """Ids of a text, each piece between placeholders by itself."""
-        ids: list[int] = []
+        made, at = Piece([], []), 0
         words = (self.core.image_token, self.core.video_token)
-        for piece in re.split(f"({'|'.join(map(re.escape, words))})", text):
-            if piece in words:
-                ids.append(self.placeholder(piece))
-            elif piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens and not ids)
-        return ids
+        for part in re.split(f"({'|'.join(map(re.escape, words))})", text):
+            end = at + len(part)
+            if part in words:
+                made = made.joined(Piece([self.placeholder(part)], [(at, end)]))
+            elif part:
+                first = add_special_tokens and not made.ids
+                made = made.joined(super().encode(part, first, marks).moved(at))
+            at = end
+        return made
 
     def placeholder(self, token: str) -> int:
         kind: Kind = "image" if token == self.core.image_token else "video"
@@ -121,7 +138,10 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
         made = []
         for name, kind in NAMES.items():
             for pixels in inputs.get(name, ()):
-                frames = torch.as_tensor(pixels)
+                given = isinstance(pixels, Tensor)
+                frames = (
+                    pixels if given else torch.as_tensor(pixels, dtype=torch.float32, device="cpu")
+                )
                 frames = frames[None] if frames.ndim == 3 else frames
                 if frames.ndim != 4:
                     raise InvalidArgument(
@@ -150,7 +170,8 @@ class LlavaQwenSlowFastForCausalLM(ForConditionalGeneration, SlowFastNetwork):
         out, shown = ids.new_zeros(len(rows), most), mask.new_zeros(len(rows), most)
         for i, wide in enumerate(rows):
             part = slice(most - len(wide), None) if left else slice(len(wide))
-            out[i, part], shown[i, part] = torch.tensor(wide, device=ids.device), True
+            out[i, part] = torch.tensor(wide, dtype=ids.dtype, device=ids.device)
+            shown[i, part] = True
         return out, shown
 
     def forward(

@@ -13,7 +13,7 @@ from vidlm.hf.image_processing import VideoLlavaImageProcessor
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.pack import stacked
-from vidlm.hf.processor import TOWER_WORDS, TowerProcessor
+from vidlm.hf.tower_processor import TOWER_WORDS, TowerProcessor
 from vidlm.hf.video_processing import VideoLlavaVideoProcessor
 from vidlm.models.base import Media
 from vidlm.models.video_llava import FAMILY, VideoLlavaNetwork

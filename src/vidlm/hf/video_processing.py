@@ -19,17 +19,10 @@ from torch import Tensor
 
 from vidlm.errors import InvalidArgument
 from vidlm.hf.features import BatchFeature
-from vidlm.hf.image_processing import (
-    CLIP_WORDS,
-    PATCH_WORDS,
-    PatchProcessor,
-    joined,
-    laid_out,
-    read_frame,
-    warn_of_scaled,
-)
+from vidlm.hf.image_input import read_frame, warn_of_scaled
+from vidlm.hf.image_processing import CLIP_WORDS, PATCH_WORDS, PatchProcessor, joined, laid_out
 from vidlm.hf.words import IGNORED, NONE, PixelProcessor, as_one
-from vidlm.media import Video, is_image, load_video
+from vidlm.media import Video, is_image
 from vidlm.media.sample import clamped, uniform_arange
 from vidlm.vision.preprocess import Frame, Preprocess
 
@@ -162,7 +155,7 @@ class VideoProcessor(PixelProcessor):
                 "leave it out"
             )
         if not isinstance(source, Video):
-            return load_video(source, **(self.rule() if self.do_sample_frames else {}))
+            return self.reader.video(source, **(self.rule() if self.do_sample_frames else {}))
         if explicit and self.do_sample_frames:
             raise InvalidArgument(
                 "num_frames, fps or do_sample_frames for a video that is loaded already; give them "
@@ -268,8 +261,12 @@ class VideoLlama3VideoProcessor(PatchProcessor, VideoProcessor):
         kept = [core.kept(rows, grid) for rows, grid in made]
         return {
             "pixel_values_videos": joined([rows for rows, _ in made]),
-            "video_grid_thw": torch.tensor([grid for _, grid in made]),
-            "video_merge_sizes": torch.full((len(made),), core.merge_size),
+            "video_grid_thw": torch.tensor(
+                [grid for _, grid in made], dtype=torch.int64, device="cpu"
+            ),
+            "video_merge_sizes": torch.full(
+                (len(made),), core.merge_size, dtype=torch.int64, device="cpu"
+            ),
             "video_compression_mask": torch.cat(kept),
         }
 
@@ -305,8 +302,13 @@ def _is_frame(item: Any, grey: bool) -> bool:
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim == 2 or (item.ndim == 3 and not grey)
     if isinstance(item, str | Path):
-        return is_image(item)
+        return names_frame(item)
     return isinstance(item, Image.Image)
+
+
+def names_frame(source: str | Path) -> bool:
+    """Whether a name among others is that of a frame, not of a video or a pattern of frames."""
+    return is_image(source) and "*" not in str(source)
 
 
 def read_metadata(metadata: Any, count: int) -> list[VideoMetadata | None]:

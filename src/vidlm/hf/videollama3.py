@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vidlm.errors import InvalidArgument
 from vidlm.hf.forward import AnswerKeywords, ForwardKeywords, answer_output, body_output
 from vidlm.hf.image_processing import VideoLlama3ImageProcessor
-from vidlm.hf.loading import find
 from vidlm.hf.model import BaseModel, ForConditionalGeneration, PretrainedModel
 from vidlm.hf.outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutputWithPast
 from vidlm.hf.processor import ProcessorMixin
@@ -22,6 +21,7 @@ from vidlm.models.base import Kind, Media
 from vidlm.models.videollama3 import FAMILY, Patches, VideoLlama3Network
 from vidlm.text import Tokenizer
 from vidlm.vision.navit import NaViT
+from vidlm.vision.patches import Rule
 
 NAMES: Mapping[str, Kind] = {"pixel_values": "image", "pixel_values_videos": "video"}
 
@@ -49,20 +49,25 @@ class VideoLlama3Processor(ProcessorMixin):
     ) -> None:
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        self.image_processor, self.video_processor = image_processor, video_processor
         pixels = image_processor.core, video_processor.core
-        self.core = FAMILY.processor(tokenizer, *pixels)
+        core = FAMILY.processor(tokenizer, *pixels)
+        self._keep_parts(core, image_processor, video_processor)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
-        rule = kwargs.pop("rule", "hf")
+    def from_pretrained(cls, name: str | Path, *, rule: Rule = "hf", **kwargs: Any) -> Self:
+        """As ProcessorMixin.from_pretrained; `rule` is whose sizes are followed."""
         if rule not in ("hf", "native"):
             raise InvalidArgument(f"rule={rule!r}; allowed: 'hf', 'native'")
-        return cls.of(FAMILY.processor.from_folder(find(name, **cls.location(kwargs)), rule))
+        made = super().from_pretrained(name, **kwargs)
+        for pixels in ("image_pixels", "video_pixels"):
+            setattr(made.core, pixels, replace(getattr(made.core, pixels), rule=rule))
+        return made
 
-    def _adjusted(self, kwargs: Mapping[str, Any]) -> Any:
+    def _adjusted(
+        self, images: Mapping[str, Any], videos: Mapping[str, Any], call: bool = False
+    ) -> Any:
         """The words of image and video processor do not say the rule."""
-        core = super()._adjusted(kwargs)
+        core = super()._adjusted(images, videos, call)
         core.image_pixels = replace(core.image_pixels, rule=self.core.image_pixels.rule)
         core.video_pixels = replace(core.video_pixels, rule=self.core.video_pixels.rule)
         return core
@@ -74,8 +79,9 @@ class VideoLlama3Processor(ProcessorMixin):
             if not items:
                 continue
             batch[pixels] = torch.cat([item.pixels for item in items])
-            batch[f"{kind}_grid_thw"] = torch.tensor([item.grid for item in items])
-            batch[f"{kind}_merge_sizes"] = torch.tensor([item.merge for item in items])
+            grids, merges = [item.grid for item in items], [item.merge for item in items]
+            batch[f"{kind}_grid_thw"] = torch.tensor(grids, dtype=torch.int64, device="cpu")
+            batch[f"{kind}_merge_sizes"] = torch.tensor(merges, dtype=torch.int64, device="cpu")
             kept = [item.kept for item in items if item.kept is not None]
             if kept:
                 batch["video_compression_mask"] = torch.cat(kept)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument, ModelError, unknown_keyword
+from vidlm.files import write_files
 from vidlm.hf.features import BatchFeature
 from vidlm.hf.loading import find
 from vidlm.hub import read_json
+from vidlm.media import MediaReader
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,11 @@ COMMON: Mapping[str, Any] = {
 
 
 class PixelProcessor:
-    """What image and video processors share."""
+    """What image and video processors share.
+
+    Every word is an attribute, checked when it is set; the next call obeys it. `reader` reads paths
+    and URLs. Any other attribute is an AttributeError: it would have no effect.
+    """
 
     defaults: ClassVar[Mapping[str, Any]]  # every word, and what it means where it is left out
     ignored: ClassVar[tuple[str, ...]] = IGNORED
@@ -68,6 +74,8 @@ class PixelProcessor:
     files: ClassVar[tuple[str, ...]]  # the first of them that a folder has is read
     kind: ClassVar[tuple[str, str]]  # the word of a file that names its class, and that name
     model_input_names: ClassVar[tuple[str, ...]]
+
+    reader: MediaReader = MediaReader()
 
     # The words that the code reads here and in the modules above; the others are for `core`.
     data_format: str | None
@@ -88,10 +96,29 @@ class PixelProcessor:
                 raise InvalidArgument(
                     f"{name}={value!r} means nothing to {type(self).__name__}; leave it out"
                 )
-        for name, default in self.defaults.items():
+        for name, default in self.defaults.items():  # default_to_square before the sizes
             value = words.get(name)
-            square = name == "crop_size" or bool(words.get("default_to_square"))
-            setattr(self, name, deepcopy(default) if value is None else _word(name, value, square))
+            setattr(self, name, deepcopy(default) if value is None else value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.defaults:
+            value = self._checked(name, value)
+        elif name != "reader":
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r} to set; allowed: "
+                f"{', '.join((*self.defaults, 'reader'))}"
+            )
+        super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A word's value in its usual form. None is off for a switch, that of the input for
+        data_format, and the class's own for other words."""
+        if value is not None:
+            square = name == "crop_size" or bool(getattr(self, "default_to_square", False))
+            return _word(name, value, square)
+        if name.startswith("do_"):
+            return False
+        return None if name == "data_format" else deepcopy(self.defaults[name])
 
     @classmethod
     def of(cls, core: Any) -> Self:
@@ -114,9 +141,7 @@ class PixelProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, or video_preprocessor_config.json, into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.files[0]).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_files(folder, {self.files[0]: json.dumps(self.to_dict(), indent=2) + "\n"})
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Self:
@@ -163,6 +188,7 @@ class PixelProcessor:
             return self
         given = {key: value for key, value in overrides.items() if value is not None}
         made = type(self)(**{**self.words, **given})
+        made.reader = self.reader
         if "data_format" in overrides and overrides["data_format"] is None:
             made.data_format = None  # that of the input
         return made

@@ -4,6 +4,7 @@ from vidlm.media.fetch import FetchPolicy
 from vidlm.media.image import is_image, load_image
 from vidlm.media.policy import FramePolicy
 from vidlm.media.probe import probe
+from vidlm.media.reader import MediaReader
 from vidlm.media.sheet import contact_sheet
 from vidlm.media.stills import to_rgb
 from vidlm.media.video import (
@@ -21,6 +22,7 @@ __all__ = [
     "FetchPolicy",
     "FramePolicy",
     "Limits",
+    "MediaReader",
     "Source",
     "Video",
     "contact_sheet",

@@ -16,13 +16,13 @@ import logging
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vidlm.errors import InvalidArgument
+from vidlm.files import PRIVATE, replaced
 
 _log = logging.getLogger(__name__)
 
@@ -182,13 +182,6 @@ def _touch(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, readable by its owner."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """For its owner alone; not flushed to disk, as what is damaged is told by its digest."""
+    with replaced(path, mode=PRIVATE, durable=False) as partial:
+        partial.write_bytes(data)

@@ -27,8 +27,8 @@ class Video:
         in the container's time. A first frame may come later than 0. Ascending, unless the frames
         were asked for by number or time in another order.
     indices: (F,) the frames' numbers among the `total_frames` that a player shows, from 0.
-    duration: seconds from pts 0 until the last frame of the clip leaves the screen, by the frames'
-        own times, whatever the header claims.
+    duration: seconds from pts 0 until the last frame of the clip has been shown, by the frames' own
+        times, whatever the header claims and however long the sound goes on.
     fps: average over the whole clip; with a variable rate no two frames need be 1/fps apart.
     warnings: what could not be read or had to be changed, in words. Empty for a sound clip.
     name: for messages and titles.
@@ -71,18 +71,31 @@ class Video:
 class Timeline:
     """When each frame a player shows appears: pts (N,) seconds, and when the last one goes.
 
-    keys: the rows of key frames, where there are any to know.
+    keys: the rows of key frames, where there are any to know. end: when the clip ends, where its
+    sound goes on after `stop`: until then the last frame stays on screen.
     """
 
     pts: Times
     stop: float
     start_time: float = 0.0
     keys: Rows | None = None
+    end: float | None = None
+
+    @property
+    def until(self) -> float:
+        """When the last frame leaves the screen."""
+        return self.stop if self.end is None else max(self.stop, self.end)
 
     def choose(self, policy: FramePolicy, shots: Rows | None = None) -> Rows:
         """The rows that a policy takes; `shots` are those where one begins, if it goes by them."""
         marks = shots if policy.sampling == "scenes" else self.keys
-        return choose(self.pts, policy, stop=self.stop, marks=marks)
+        return choose(self.pts, policy, stop=self.stop, marks=marks, until=self.until)
+
+    def span(self, policy: FramePolicy) -> float:
+        """Seconds of the clip among which a policy chooses."""
+        start, end = policy.window
+        stop = self.until if end is None else min(self.until, end)
+        return max(stop - (start or 0.0), 0.0)
 
     @property
     def fps(self) -> float:
@@ -109,8 +122,9 @@ class Limits:
     """Ceilings that are checked before the memory or the time is spent.
 
     kept_bytes: of all chosen frames together. pixels: of one frame. frames: of the whole clip.
-    duration: of the whole clip, in seconds. file_bytes: of the file. seconds: for reading it all,
-    looked at between frames (a decoder that hangs inside one needs a `DecodePool`).
+    duration: of the clip, or of its part between start and end, in seconds. file_bytes: of the
+    file. seconds: for reading it all, looked at between frames (a decoder that hangs inside one
+    needs a `DecodePool`).
     """
 
     kept_bytes: int = 4 << 30

@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Container, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from typing import BinaryIO, cast
 
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -61,6 +62,10 @@ class Reader:
     def container(self) -> InputContainer:
         assert isinstance(self.stream.container, InputContainer)
         return self.stream.container
+
+    def check_time(self) -> None:
+        """Raises MediaLimitError after the deadline."""
+        self._deadline.check()
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Packets up to the end, or to where the file breaks off; the last flushes the decoder."""
@@ -117,13 +122,33 @@ class Reader:
         self._packets = (packet for each in ([first], rest) for packet in each)
         return True
 
+    def others(self, streams: Sequence[Stream], moment: float) -> Iterator[Packet[Stream]]:
+        """The packets of any streams from about `moment` on, in seconds of the container's time.
+
+        Afterwards the reader stands at the end; `seek` leads back.
+        """
+        base = streams[0].time_base or Fraction(1, 1000)
+        self._begun, self._packets = True, iter(())
+        try:
+            self.container.seek(int(moment / base), stream=streams[0])
+            for packet in self.container.demux(*streams):
+                self._deadline.check()
+                if packet.size:
+                    yield packet
+        except (*_READ_ERRORS, IndexError):  # see `packets`
+            return
+
     def _demux(self) -> None:
         self._packets, self._begun = iter(self.container.demux(self.stream)), True
 
 
 @contextmanager
 def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Iterator[Reader]:
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": _PROTOCOLS}
+    options = {
+        "format_whitelist": _FORMATS,
+        "protocol_whitelist": _PROTOCOLS,
+        "max_pixels": str(limits.pixels),  # for decoders that look into the first pictures
+    }
     _check_size(file, name, limits)
     try:
         file.seek(0)
@@ -132,10 +157,27 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
         raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:
         stream = _video_stream(container, name)
-        limits.check(name, 1, stream.codec_context.height, stream.codec_context.width)
+        limits.check(name, 1, *_picture_size(file, stream, options))
         stream.codec_context.options = {"max_pixels": str(limits.pixels)}  # the header may lie
         _set_threads(stream.codec_context)
         yield Reader(stream, name, limits, deadline)
+
+
+def _picture_size(file: BinaryIO, stream: VideoStream, options: dict[str, str]) -> tuple[int, int]:
+    """Height and width by the header. A decoder that refuses them for their size forgets them, so
+    the header is then read without one."""
+    codec = stream.codec_context
+    if codec.height and codec.width:
+        return codec.height, codec.width
+    at = file.tell()  # FFmpeg reads on from where it left the file
+    size = 0, 0
+    with suppress(*_READ_ERRORS, IndexError):
+        file.seek(0)
+        with av.open(file, "r", options={**options, "codec_whitelist": "none"}) as bare:
+            codec = bare.streams.video[stream.container.streams.video.index(stream)].codec_context
+            size = codec.height, codec.width
+    file.seek(at)
+    return size
 
 
 def _set_threads(codec: VideoCodecContext) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import BinaryIO
 
 import av
@@ -21,8 +22,12 @@ from av.video.frame import VideoFrame
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Frames, ReadOptions, Video, clock
 from vidlm.media.container import Reader, hint, opened
+from vidlm.media.flv_bounds import check_key_frames
 from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
+from vidlm.media.mp4_bounds import check_tables
+from vidlm.media.other_streams import sound_end
 from vidlm.media.picture import Painter, resized, thumbnail
+from vidlm.media.policy import FramePolicy
 from vidlm.media.sample import Rows, Times, between
 from vidlm.media.scene import Shots
 from vidlm.media.walk import Astray, File, walk
@@ -36,9 +41,14 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     Raises MediaError where there is no video to read, MediaLimitError before memory is taken.
     """
     source = File(file, name, options, Deadline(name, options.limits.seconds))
+    check_tables(file, name, options.limits, source.deadline)
+    check_key_frames(file, name, source.deadline)
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
+            if index is not None and _asks_of_time(options.policy) and not index.is_moved:
+                end = sound_end(reader, index.timeline)
+                index = replace(index, timeline=replace(index.timeline, end=end))
             video = _chosen(source, index, reader) if index is not None else None
         if video is None and index is not None:  # the same from the beginning, without seeking
             video = _chosen(source, index, None)
@@ -49,11 +59,18 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     raise AssertionError("a frame that is counted cannot go astray")
 
 
+def _asks_of_time(policy: FramePolicy) -> bool:
+    """Whether a choice depends on how long the last picture stays."""
+    return policy.times is not None or policy.start is not None or policy.fps is not None
+
+
 def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:
     """The frames a policy takes, through a reader that can seek, or from the beginning."""
     if reader is not None and index.stamps is None:
         return None
     policy, timeline = source.options.policy, index.timeline
+    shown = timeline.span(policy)
+    source.options.limits.check_length(source.name, len(timeline.pts), shown)
     try:
         shots = None
         if policy.sampling == "scenes":
@@ -66,7 +83,7 @@ def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:
 def _shots(source: File, index: Index, reader: Reader | None) -> Rows:
     """The rows where a shot begins, of those that the policy's window has."""
     timeline = index.timeline
-    first, last = between(timeline.pts, *source.options.policy.window, stop=timeline.stop)
+    first, last = between(timeline.pts, *source.options.policy.window, stop=timeline.until)
     shots = Shots(timeline.fps)
     walk(
         *(source, index, np.arange(first, last), reader),

@@ -110,7 +110,8 @@ class FramePolicy:
             raise InvalidArgument(f"{named[0]}=[] takes no frame; give at least one")
         for value in values:
             if named[0] == "times":
-                seconds("times", value)
+                if seconds("times", value) is None:
+                    raise InvalidArgument("times with None; give seconds or texts as 'mm:ss'")
             elif not _is_integer(value) or value < 0:
                 raise InvalidArgument(f"indices with {value!r}; give frame numbers, from 0")
 
@@ -155,19 +156,28 @@ class FramePolicy:
         return seconds("start", self.start), seconds("end", self.end)
 
 
-def choose(pts: Times, policy: FramePolicy, *, stop: float, marks: Rows | None = None) -> Rows:
+def choose(
+    pts: Times,
+    policy: FramePolicy,
+    *,
+    stop: float,
+    marks: Rows | None = None,
+    until: float | None = None,
+) -> Rows:
     """The rows of `pts` (ascending, seconds) that `policy` takes, at least one.
 
     Ascending and without repeats unless indices, times or "linspace" make it otherwise.
 
-    stop: when the last frame leaves the screen. marks: the rows where key frames or shots begin,
-        for the samplings that go by them.
+    stop: when the last frame has been shown for its own length. marks: the rows where key frames or
+        shots begin, for the samplings that go by them. until: when the last frame leaves the
+        screen, where it stays longer.
     Raises InvalidArgument where no frame is on screen between the policy's start and end.
     """
+    until = stop if until is None else until
     if policy.indices is not None or policy.times is not None:
-        return _named(pts, policy, stop)
+        return _named(pts, policy, until)
     start, end = policy.window
-    first, last = between(pts, start, end, stop=stop)
+    first, last = between(pts, start, end, stop=until)
     n, most = last - first, policy.max_frames
     # Rounded: 25 / 2 is 12 to a rule that rounds halves to even, and 25.0000001 / 2 would be 13.
     rate = round(len(pts) / (stop - float(pts[0])), 6) if stop > pts[0] else 1.0
@@ -184,7 +194,7 @@ def choose(pts: Times, policy: FramePolicy, *, stop: float, marks: Rows | None =
         case "keyframes" | "scenes":
             rows = _at_marks(_inside(marks, policy, first, last) - first, policy, n)
         case _:
-            until = stop if end is None else min(stop, end)
+            until = until if end is None else min(until, end)
             rows = _uniform(pts[first:last], policy, start=start, stop=until)
     return first + rows[uniform_linspace(len(rows), most or len(rows))]
 
@@ -203,13 +213,14 @@ def _uniform(pts: Times, policy: FramePolicy, *, start: float | None, stop: floa
 def _named(pts: Times, policy: FramePolicy, stop: float) -> Rows:
     """The rows of `indices`, or of what is on screen at `times`."""
     if policy.indices is not None:
-        last = max(policy.indices)  # before it is a number of 64 bits, which it may exceed
+        last = max(map(int, policy.indices))  # which may be more than int64 holds
         if last >= len(pts):
             raise InvalidArgument(
                 f"indices with {last}: the clip has {len(pts)} frames, 0 to {len(pts) - 1}"
             )
         return np.asarray(policy.indices, np.int64)
-    moments = np.asarray([seconds("times", time) for time in policy.times or ()])
+    assert policy.times is not None  # or it would not be called
+    moments = np.asarray([seconds("times", time) for time in policy.times])
     if moments.max() >= stop:
         raise InvalidArgument(
             f"times with {moments.max():g} s, which is beyond the end of the clip at {stop:g} s; "

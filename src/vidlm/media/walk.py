@@ -81,7 +81,8 @@ def walk(
         with opened(source.file, source.name, source.options.limits, source.deadline) as own:
             return _show(index, [Span(None, int(rows[-1]))], own, see)
     assert index.stamps is not None
-    wanted = frozenset(index.stamps[rows].tolist())
+    # Times that had to be mended are believed as far as every frame in a span bears them out.
+    wanted = None if index.is_mended else frozenset(index.stamps[rows].tolist())
     first, second = split(index, rows, fresh=reader.fresh)
     codec = reader.stream.codec_context
     view = _view(source.file)
@@ -101,7 +102,7 @@ def _halves(
     index: Index,
     parts: tuple[tuple[Sequence[Span], Reader], tuple[Sequence[Span], BinaryIO]],
     see: See,
-    wanted: frozenset[int],
+    wanted: frozenset[int] | None,
 ) -> Trail:
     """Two readers at once, one thread each."""
     (first, reader), (second, view) = parts

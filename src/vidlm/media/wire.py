@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidlm.errors import InvalidArgument
-from vidlm.media.clip import Limits
 
 _MAX_MESSAGE = 1 << 30  # the JSON, which may hold a data URL; frames and times come after it
-_KINDS = "uif"  # of arrays; one of objects would hold addresses
+_MAX_ANSWER = 64 << 20  # without such a thing in it
 _OURS = "vidlm.media."  # Limits and the like; a worker has imported their modules
 _LENGTH = struct.Struct("!Q")
 _CHUNK = 1 << 16
+
+Shape = tuple[int | None, ...]
 
 
 def send(wire: socket.socket, message: Mapping[str, Any]) -> None:
@@ -32,12 +33,15 @@ def send(wire: socket.socket, message: Mapping[str, Any]) -> None:
     wire.sendall(text)
 
 
-def receive(wire: socket.socket) -> dict[str, Any]:
-    """The next message. Raises EOFError where the other side is gone, ValueError for nonsense."""
+def receive(wire: socket.socket, is_answer: bool = False) -> dict[str, Any]:
+    """The next message. Raises EOFError where the other side is gone, ValueError for nonsense.
+
+    is_answer: from a worker, which may have been taken over by what it decodes.
+    """
     header = bytearray(_LENGTH.size)
     receive_into(wire, memoryview(header))
     (length,) = _LENGTH.unpack(header)
-    if length > _MAX_MESSAGE:
+    if length > (_MAX_ANSWER if is_answer else _MAX_MESSAGE):
         raise ValueError(f"a message of {length} bytes")
     text = bytearray(length)
     receive_into(wire, memoryview(text))
@@ -82,14 +86,22 @@ def send_array(wire: socket.socket, array: NDArray[Any]) -> None:
         wire.sendall(array.data.cast("B"))
 
 
-def receive_array(wire: socket.socket, header: Mapping[str, Any], limits: Limits) -> NDArray[Any]:
-    """The array that a header announces. Raises MediaLimitError for more frames than allowed."""
-    dtype, shape = np.dtype(str(header["dtype"])), [operator.index(n) for n in header["shape"]]
-    if dtype.kind not in _KINDS or min(shape, default=0) < 0:
-        raise ValueError(f"an array of {dtype} {shape}")
-    if len(shape) == 4:
-        limits.check("frames", *shape[:3])
-    array = np.empty(shape, dtype)
+def receive_array(
+    wire: socket.socket, header: Mapping[str, Any], dtype: type[np.generic], shape: Shape
+) -> NDArray[Any]:
+    """The array that a header announces.
+
+    dtype and shape: what it must be, where None stands for any length.
+    Raises ValueError for another array, before memory is taken for it.
+    """
+    announced = tuple(operator.index(length) for length in header["shape"])
+    fits = len(announced) == len(shape) and all(
+        length >= 0 and wanted in (None, length)
+        for length, wanted in zip(announced, shape, strict=True)
+    )
+    if not fits or header["dtype"] != np.dtype(dtype).str:
+        raise ValueError(f"an array of {header['dtype']!r} {announced}, not {dtype} {shape}")
+    array = np.empty(announced, dtype)
     if array.size:
         receive_into(wire, array.data.cast("B"))
     return array

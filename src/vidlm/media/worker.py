@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import operator
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from vidlm import errors
 from vidlm.errors import InvalidArgument, MediaError, MediaLimitError, VidlmError
@@ -39,6 +42,8 @@ _COMMAND = ("-P", "-m", "vidlm.media.serve")  # -P: the working directory holds 
 _START_SECONDS = 120.0  # to import numpy, PyAV and PIL, from however slow a disk
 _LEAST_MEMORY = 64 << 20  # a decoder's own threads and modules take about half of it
 _GRACE_SECONDS = 5.0  # for a process to be gone
+# What JSON has for the fields of a Video that are no arrays.
+_SCALARS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "str": (str,)}
 
 
 class DecodePool:
@@ -205,12 +210,12 @@ class _Worker:
         self._in_step = False
         if not self.ready:
             with self._within(_START_SECONDS):
-                wire.receive(self._wire)
+                wire.receive(self._wire, is_answer=True)
             self.ready = True
         with self._within(seconds):
             wire.send(self._wire, {**request.message, "seconds": seconds})
             self._wire.sendall(request.data)
-            answer = wire.receive(self._wire)
+            answer = wire.receive(self._wire, is_answer=True)
             logs = [(str(name), int(level), str(text)) for name, level, text in answer["logs"]]
             if "video" in answer:
                 outcome: Video | Exception = self._video(answer["video"], request.limits)
@@ -244,13 +249,30 @@ class _Worker:
         self.kill()
 
     def _video(self, said: dict[str, Any], limits: Limits) -> Video:
-        """A Video from its fields, whose arrays follow in the fields' order."""
+        """A Video from its fields, whose arrays follow in the fields' order.
+
+        The worker may have been taken over by what it decodes: each field is checked, and each
+        array's size is bounded by the frames that the limits allow before memory is taken.
+        """
+        frames, height, width = (operator.index(n) for n in said["frames"]["shape"][:3])
+        if min(frames, height, width) < 1:
+            raise ValueError(f"a Video of {frames} frames of {width}x{height}")
+        limits.check("frames", frames, height, width)
+        arrays: dict[str, tuple[type[np.generic], wire.Shape]] = {
+            "frames": (np.uint8, (frames, height, width, 3)),
+            "pts": (np.float64, (frames,)),
+            "indices": (np.int64, (frames,)),
+        }
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Video):
             value = said[field.name]
-            if isinstance(value, dict):
-                value = wire.receive_array(self._wire, value, limits)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            if field.name in arrays:
+                value = wire.receive_array(self._wire, value, *arrays[field.name])
+            elif field.name == "warnings":
+                value = tuple(str(warning) for warning in value)
+            elif type(value) not in _SCALARS[str(field.type)]:
+                raise ValueError(f"a Video with {field.name}={value!r}")
+            values[field.name] = value
         return Video(**values)
 
     def _error(self, answer: dict[str, Any], name: str) -> Exception:

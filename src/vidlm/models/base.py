@@ -40,6 +40,7 @@ class Media:
     frames   how many it has; an image has one
     encoded  its features, where they are there already: nothing is encoded then
     named    its digest, where the pixels that it is of are gone
+    origin   digest of the file that its features were read from; None where they are the model's
     """
 
     pixels: Tensor
@@ -48,6 +49,7 @@ class Media:
     frames: int = 1
     encoded: Encoded | None = field(default=None, kw_only=True)
     named: bytes | None = field(default=None, kw_only=True, repr=False)
+    origin: bytes | None = field(default=None, kw_only=True, repr=False)
 
     @cached_property
     def digest(self) -> bytes:
@@ -64,6 +66,17 @@ class Media:
                 hashed.update(f"\0{each}\0{value!r}\0".encode())
         return hashed.digest()
 
+    def from_file(self, origin: bytes) -> Media:
+        """The same item as the file of this digest describes it. Nobody can tell whether the file
+        says the truth about the video, so its digest is one that no other file and no pixels
+        have."""
+        rooted = blake2b(origin + self.digest, digest_size=16).digest()
+        return replace(self, named=rooted, origin=origin)
+
+    def flaw(self) -> str | None:
+        """Which fields do not fit each other; None: all do. A family's own fields are its own."""
+        return None
+
     def without_pixels(self, encoded: Encoded | None = None) -> Media:
         """The same item of the same digest, with `encoded` (or what it has) for its pixels."""
         kept = self.encoded if encoded is None else encoded
@@ -72,7 +85,7 @@ class Media:
 
 def own_fields(kind: type[Media]) -> tuple[str, ...]:
     """The fields that say what an item is, pixels first; not what was made of it."""
-    return tuple(f.name for f in fields(kind) if f.name not in ("encoded", "named"))
+    return tuple(f.name for f in fields(kind) if f.name not in ("encoded", "named", "origin"))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -148,13 +161,21 @@ class VideoModel(nn.Module):
         return native.Spare()
 
     @property
+    def body(self) -> Any:
+        """What holds all parts but the head: `model`, or the network itself where it was made
+        without a head."""
+        return self._modules.get("model", self)
+
+    @property
     def decoder(self) -> Decoder:
-        raise NotImplementedError
+        decoder: Decoder = self.body.language_model
+        return decoder
 
     @property
     def head(self) -> nn.Linear:
         """(T, D) -> (T, V)"""
-        raise NotImplementedError
+        head: Any = self.lm_head
+        return head
 
     def encode(self, media: Sequence[Media], *args: Any, **kwargs: Any) -> list[Encoded]:
         """The features of each item; a family may take more arguments, which it documents."""
@@ -188,7 +209,8 @@ class VideoModel(nn.Module):
 
     def readers(self, ids: Tensor) -> Tensor:
         """Which of a prompt's tokens (T,) attend to its memory: (T,) bool. Here, all text."""
-        media = torch.tensor(list(self.config.placeholders.values()), device=ids.device)
+        placeholders = [*self.config.placeholders.values()]
+        media = torch.tensor(placeholders, dtype=ids.dtype, device=ids.device)
         return torch.isin(ids, media, invert=True)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -25,15 +25,14 @@ from vidlm.models.tower import (
     CHUNK,
     RENAMES,
     Layers,
-    Projector,
+    TowerBody,
     TowerConfig,
     TowerModel,
     TowerProcessor,
     as_layers,
 )
-from vidlm.nn.decoder import CausalLM
 from vidlm.nn.upload import upload
-from vidlm.vision.vit import VisionTower
+from vidlm.vision.vit import VisionTransformer
 
 # What a config.json without a vision_config means: CLIP ViT-L/14 at 336 pixels.
 VISION_DEFAULT: Mapping[str, Any] = {
@@ -75,15 +74,11 @@ class LlavaProcessor(TowerProcessor):
 
 
 class LlavaNetwork(TowerModel):
-    """The network. Parameter names are those of the published checkpoints."""
+    """The network."""
 
     def __init__(self, config: LlavaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vision_tower = VisionTower(config.vision_config)
-        self.multi_modal_projector = Projector(config)
-        self.language_model = CausalLM(config.text_config)
-        self.tie()
+        tower = VisionTransformer(config.vision_config)
+        super().__init__(config, TowerBody(config, vision_tower=tower))
 
     def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
@@ -103,10 +98,10 @@ class LlavaNetwork(TowerModel):
         """(F, 3, H, W) -> (F, M, D); `layers` and `strategy` replace the config's."""
         config = self.config
         wanted = config.feature_layers if layers is None else as_layers(layers)
-        x = self.vision_tower(upload(pixels, self.device, self.dtype), wanted)
+        x = self.body.vision_tower(upload(pixels, self.device, self.dtype), wanted)
         if (strategy or config.vision_feature_select_strategy) == "default":
             x = x[:, 1:]
-        return self.multi_modal_projector(x)
+        return self.body.multi_modal_projector(x)
 
 
 FAMILY = Family(

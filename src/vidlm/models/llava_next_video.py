@@ -29,18 +29,17 @@ from vidlm.models.base import Encoded, Family, Kind, Media
 from vidlm.models.tower import (
     RENAMES,
     Layers,
-    Projector,
+    TowerBody,
     TowerConfig,
     TowerModel,
     TowerProcessor,
     as_layers,
     in_chunks,
 )
-from vidlm.nn.decoder import CausalLM
 from vidlm.nn.upload import upload
 from vidlm.vision.anyres import PINPOINTS, AnyRes, Size, grid, tiles, tokens, unpad
 from vidlm.vision.preprocess import to_pixels
-from vidlm.vision.vit import VisionTower
+from vidlm.vision.vit import VisionTransformer
 
 POOLS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {"average": avg_pool2d, "max": max_pool2d}
@@ -150,19 +149,17 @@ class LlavaNextVideoProcessor(TowerProcessor):
 
 
 class LlavaNextVideoNetwork(TowerModel):
-    """The network. Parameter names are those of the published checkpoints."""
+    """The network."""
 
     media_types = (Media, TiledImage)
 
     def __init__(self, config: LlavaNextVideoConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vision_tower = VisionTower(config.vision_config)
-        self.multi_modal_projector = Projector(config)
+        tower = VisionTransformer(config.vision_config)
+        body = TowerBody(config, vision_tower=tower)
         width = config.text_config.hidden_size
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.language_model = CausalLM(config.text_config)
-        self.tie()
+        newline = torch.randn(width, dtype=torch.get_default_dtype()) * width**-0.5
+        body.image_newline = nn.Parameter(newline)
+        super().__init__(config, body)
 
     def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
@@ -173,13 +170,15 @@ class LlavaNextVideoNetwork(TowerModel):
         first = int((strategy or self.config.vision_feature_select_strategy) == "default")
 
         def patches(pixels: Tensor) -> Tensor:
-            return self.vision_tower(upload(pixels, self.device, self.dtype), wanted)[:, first:]
+            return self.body.vision_tower(upload(pixels, self.device, self.dtype), wanted)[
+                :, first:
+            ]
 
         def tile_tokens(pixels: Tensor) -> Tensor:
-            return self.multi_modal_projector(patches(pixels))
+            return self.body.multi_modal_projector(patches(pixels))
 
         def frame_tokens(pixels: Tensor) -> Tensor:
-            return self.multi_modal_projector(self._pooled(patches(pixels)))
+            return self.body.multi_modal_projector(self._pooled(patches(pixels)))
 
         encoded = []
         for item in media:
@@ -214,7 +213,7 @@ class LlavaNextVideoNetwork(TowerModel):
             1, 2
         )  # (down, side, across, side, D)
         rows = unpad(mosaic.flatten(2, 3).flatten(0, 1), size)
-        newline = self.image_newline.to(rows).expand(len(rows), 1, -1)
+        newline = self.body.image_newline.to(rows).expand(len(rows), 1, -1)
         return torch.cat((x[0], torch.cat((rows, newline), dim=1).flatten(0, 1)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -53,7 +54,7 @@ def media_from_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     values = {name: _frozen(value) for name, value in values.items()}
     _check_fields(kind, values)
     return kind(
-        pixels=torch.empty(0),
+        pixels=torch.empty(0, dtype=torch.float32, device="cpu"),
         encoded=_features(values["tokens"], tensors),
         named=_digest(state["digest"]),
         **values,
@@ -109,10 +110,17 @@ def _fits(value: Any, hint: Any) -> bool:
         kinds = (inner[0],) * len(value) if inner[-1] is ... else inner
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, NoneType if hint is None else hint)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _features(count: int, tensors: Mapping[str, Tensor]) -> Encoded | None:

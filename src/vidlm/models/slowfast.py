@@ -278,10 +278,6 @@ class SlowFastNetwork(VideoModel):
     def decoder(self) -> Decoder:
         return self.model
 
-    @property
-    def head(self) -> nn.Linear:
-        return self.lm_head
-
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embed_tokens(ids.clamp(min=0))  # placeholders have no row; see `insert`
 

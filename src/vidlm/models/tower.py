@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from vidlm.errors import ModelError, UnsupportedModel
+from vidlm.files import write_files
 from vidlm.hub import read_config, read_json
 from vidlm.models.base import Kind, Media, Rows, VideoModel
 from vidlm.nn.activation import activation
@@ -32,16 +33,21 @@ CHUNK = 4
 Layers = int | tuple[int, ...]
 
 
-# Ours are the hub's names (layout A). B: 4.52 module names; C: written by 5.x; D: 5.x in memory.
+# Modules have transformers 5's names in memory (D), so that adapters and code that name modules fit
+# both. Files have those of the hub (A), which are written too: every version of transformers reads
+# them. B: 4.52 module names; C: written by 5.x.
 RENAMES = Renames(
     table=(
+        (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+        (r"^(?:model\.)?language_model\.(?:model\.)?", "model.language_model."),
+        (r"^(?:model\.)?(vision|image|video)_tower\.(?:vision_model\.)?", r"model.\1_tower."),
+        (r"^(?:model\.)?(multi_modal_projector\.|image_newline$)", r"model.\1"),
+    ),
+    written=(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
-        (
-            r"^(?:model\.)?(vision|image|video)_tower\.(?:vision_model\.)?",
-            r"\1_tower.vision_model.",
-        ),
-        (r"^model\.(multi_modal_projector\.|image_newline$)", r"\1"),
+        (r"^model\.(\w+)_tower\.", r"\1_tower.vision_model."),
+        (r"^model\.", ""),
     ),
     ignored=(
         r"rotary_emb\.inv_freq$",
@@ -161,11 +167,11 @@ class FrameTokens:
 
     @classmethod
     def read(
-        cls, folder: Path, names: Mapping[str, Any], config_class: type[TowerConfig]
+        cls, folder: Path, names: Mapping[str, Any], config: TowerConfig | None
     ) -> FrameTokens:
         """From config.json, which is what the model obeys: processor_config.json (`names`) has been
         wrong by one on the hub (728 for 729), and counts only in a folder without a model."""
-        if not (folder / "config.json").is_file():
+        if config is None:
             missing = [f.name for f in fields(cls) if names.get(f.name) is None]
             if missing:
                 raise ModelError(
@@ -173,7 +179,6 @@ class FrameTokens:
                     f"{', '.join(missing)}; pass the folder or repository of the whole model"
                 )
             return cls(**{f.name: names[f.name] for f in fields(cls)})
-        config = config_class.from_dict(read_config(folder))
         vision = config.vision_config
         strategy = config.vision_feature_select_strategy
         return cls(vision.patch_size, int(vision.class_token), strategy)
@@ -214,23 +219,24 @@ class TowerProcessor:
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Read a checkpoint's folder, or one with the processor's files alone."""
+        own = any((folder / name).is_file() for name in (PROCESSOR_FILE, IMAGES_FILE))
+        whole = (folder / "config.json").is_file() or not own  # or an error that says what it is
+        config = cls.config_class.from_dict(read_config(folder)) if whole else None
         names = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).is_file() else {}
         images = names.get("image_processor") or read_json(folder / IMAGES_FILE)
         videos = names.get("video_processor") or images  # one file has been enough for both
         if not names.get("video_processor") and (folder / VIDEOS_FILE).is_file():
             videos = read_json(folder / VIDEOS_FILE)
         pixels = cls.image_class.from_dict(images), Preprocess.from_dict({**videos, "do_pad": None})
-        tokens = FrameTokens.read(folder, names, cls.config_class)
+        tokens = FrameTokens.read(folder, names, config)
         made = cls(Tokenizer.from_folder(folder), pixels, tokens, names)
-        if (folder / "config.json").is_file():
-            config = cls.config_class.from_dict(read_config(folder))
+        if config is not None:
             named: dict[Kind, str | None] = {"image": made.image_token, "video": made.video_token}
             check_placeholders(made.tokenizer, named, config.placeholders, folder)
         return made
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
-        self.tokenizer.save(folder)
         shared = {"processor_class": self.processor_class}
         family = self.processor_class.removesuffix("Processor")
         words = {"image_token": self.image_token, **asdict(self.frame_tokens)}
@@ -238,13 +244,13 @@ class TowerProcessor:
         files = {IMAGES_FILE: images, PROCESSOR_FILE: words}
         if self.takes_videos:
             words["video_token"] = self.video_token
-            if self.image_class is Preprocess:  # others say whose they are
+            if issubclass(self.image_class, Preprocess):  # others say whose they are
                 images["image_processor_type"] = f"{family}ImageProcessor"
             videos = self.video_pixels.to_dict()
             del videos["image_processor_type"]
             files[VIDEOS_FILE] = {**videos, "video_processor_type": f"{family}VideoProcessor"}
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps({**shared, **content}, indent=2) + "\n")
+        texts = {n: json.dumps({**shared, **c}, indent=2) + "\n" for n, c in files.items()}
+        write_files(folder, {**self.tokenizer.files(), **texts})
 
     def places(self, media: Media) -> tuple[str, list[int]]:
         token = self.image_token if media.kind == "image" else self.video_token
@@ -298,20 +304,26 @@ class Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+class TowerBody(nn.Module):
+    """Everything but the head: a family's towers under their names, projector and decoder."""
+
+    def __init__(self, config: TowerConfig, **towers: nn.Module) -> None:
+        super().__init__()
+        for name, tower in towers.items():
+            self.add_module(name, tower)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Decoder(config.text_config)
+
+
 class TowerModel(VideoModel):
-    """A family whose decoder and head are `language_model.model` and `language_model.lm_head`."""
+    """A family of a `TowerBody` and a head. Parameter names are those of transformers."""
 
-    language_model: Any  # a CausalLM
-
-    @property
-    def decoder(self) -> Decoder:
-        decoder: Decoder = self.language_model.model
-        return decoder
-
-    @property
-    def head(self) -> nn.Linear:
-        head: nn.Linear = self.language_model.lm_head
-        return head
+    def __init__(self, config: TowerConfig, body: TowerBody) -> None:
+        super().__init__()
+        self.config, text = config, config.text_config
+        self.model = body
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.tie()
 
 
 def in_chunks(encode: Callable[[Tensor], Tensor], frames: Tensor) -> Generator[None, None, Tensor]:

@@ -24,16 +24,16 @@ from vidlm.models.base import Encoded, Family, Kind, Media
 from vidlm.models.tower import (
     RENAMES,
     Layers,
-    Projector,
+    TowerBody,
     TowerConfig,
     TowerModel,
     TowerProcessor,
     as_layers,
     in_chunks,
 )
-from vidlm.nn.decoder import CausalLM
 from vidlm.nn.upload import upload
-from vidlm.vision.vit import VisionTower
+from vidlm.vision.preprocess import PillowPreprocess
+from vidlm.vision.vit import VisionTransformer
 
 TRAINED_FRAMES = 8
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class VideoLlavaProcessor(TowerProcessor):
 
     config_class = VideoLlavaConfig
     processor_class = "VideoLlavaProcessor"
+    image_class = PillowPreprocess  # transformers has no other; videos are resized by torch
     takes_videos = True
 
     def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
@@ -106,32 +107,29 @@ class VideoLlavaProcessor(TowerProcessor):
 
 
 class VideoLlavaNetwork(TowerModel):
-    """The network. Parameter names are those of the published checkpoint."""
+    """The network."""
 
     def __init__(self, config: VideoLlavaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_tower = VisionTower(config.vision_config)
-        self.video_tower = VisionTower(config.vision_config)
-        self.multi_modal_projector = Projector(config)
-        self.language_model = CausalLM(config.text_config)
-        self.tie()
+        names = ("image_tower", "video_tower")
+        towers = {name: VisionTransformer(config.vision_config) for name in names}
+        super().__init__(config, TowerBody(config, **towers))
 
     def _encoding(
         self, media: Sequence[Media], layers: Layers | None = None, strategy: str | None = None
     ) -> Generator[None, None, list[Encoded]]:
         """Pixels (3, H, W) of each image, (F, 3, H, W) of each video -> its (M, D) features;
         `layers` and `strategy` replace the config's."""
+        body = self.body
         wanted = self.config.feature_layers if layers is None else as_layers(layers)
         strategy = strategy or self.config.vision_feature_select_strategy
 
         def images(pixels: Tensor) -> Tensor:
-            x = self.image_tower(upload(pixels, self.device, self.dtype), wanted)
-            return self.multi_modal_projector(x[:, 1:] if strategy == "default" else x)
+            x = body.image_tower(upload(pixels, self.device, self.dtype), wanted)
+            return body.multi_modal_projector(x[:, 1:] if strategy == "default" else x)
 
         def frames(pixels: Tensor) -> Tensor:
-            x = self.video_tower(upload(pixels, self.device, self.dtype), wanted)
-            return self.multi_modal_projector(x)
+            x = body.video_tower(upload(pixels, self.device, self.dtype), wanted)
+            return body.multi_modal_projector(x)
 
         made = []
         for item in media:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidlm.errors import InvalidArgument, ModelError, UnsupportedModel
+from vidlm.files import write_files
 from vidlm.hub import read_config, read_json
 from vidlm.media import Video
 from vidlm.models.base import Encoded, Family, Kind, Media, Rows, VideoModel
@@ -41,6 +43,7 @@ PROCESSOR_FILE = "processor_config.json"
 IMAGES_FILE = "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
+LATEST = 1e9  # seconds: no frame of a video comes later
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 QWEN_VIDEO_ID = 151656  # of VIDEO_TOKEN; the native layout has one token for images and frames
 NATIVE_IMAGE_ID = 151665  # of that one, "<image>"
@@ -168,6 +171,25 @@ class Patches(Media):
     kept: Tensor | None = None
     times: tuple[float, ...] = field(default=())
 
+    def flaw(self) -> str | None:
+        frames, high, across = self.grid
+        if not (self.merge and frames * high * across):
+            return f"a grid of {self.grid} in blocks of {self.merge}"
+        if high % self.merge or across % self.merge or frames != self.frames:
+            return f"a grid of {self.grid} in blocks of {self.merge} for {self.frames} frames"
+        count = frames * high * across // self.merge**2
+        if self.kept is not None:
+            if self.kept.dtype != torch.bool or self.kept.shape != (count,):
+                return f"kept is {self.kept.dtype} {tuple(self.kept.shape)}, of {count} tokens"
+            count = int(self.kept.sum())
+        if count != self.tokens:
+            return f"{count} patches are kept, and there are {self.tokens} tokens"
+        if self.kind == "video" and (self.kept is None or len(self.times) != frames):
+            return f"a video of {frames} frames with {len(self.times)} times"
+        if any(not 0 <= time < LATEST for time in self.times):
+            return f"times beyond 0 to {LATEST} seconds"
+        return None
+
 
 class VideoLlama3Processor:
     """Images and videos to patches, and what stands for them in a prompt.
@@ -195,6 +217,8 @@ class VideoLlama3Processor:
     @classmethod
     def from_folder(cls, folder: Path, rule: Rule = "hf") -> VideoLlama3Processor:
         """Read a checkpoint's folder in either layout, or one with the processor's files alone."""
+        if not any((folder / name).is_file() for name in (PROCESSOR_FILE, IMAGES_FILE)):
+            read_config(folder)  # an error that says what the folder is, or that a file is missing
         names = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).is_file() else {}
         images = names.get("image_processor") or read_json(folder / IMAGES_FILE)
         videos = names.get("video_processor")
@@ -221,11 +245,11 @@ class VideoLlama3Processor:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files and those of the processor, which transformers reads too."""
-        self.tokenizer.save(folder)
+        texts = self.tokenizer.files()
         if self.image_token != IMAGE_TOKEN:  # transformers asks the tokenizer whether it is another
-            path = folder / TOKENIZER_FILE
-            words = {**read_json(path), "extra_special_tokens": {"image_token": self.image_token}}
-            path.write_text(json.dumps(words, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            words = json.loads(texts[TOKENIZER_FILE])
+            words["extra_special_tokens"] = {"image_token": self.image_token}
+            texts[TOKENIZER_FILE] = json.dumps(words, ensure_ascii=False, indent=2) + "\n"
         shared = {"processor_class": "VideoLlama3Processor"}
         files = {
             IMAGES_FILE: self.image_pixels.to_dict(),
@@ -233,7 +257,8 @@ class VideoLlama3Processor:
             PROCESSOR_FILE: {"image_token": self.image_token},
         }
         for name, content in files.items():
-            (folder / name).write_text(json.dumps({**shared, **content}, indent=2) + "\n")
+            texts[name] = json.dumps({**shared, **content}, indent=2) + "\n"
+        write_files(folder, texts)
 
     def media(self, images: Sequence[Any], videos: Sequence[Video] = ()) -> list[Media]:
         """The native rule shares its budget of pixels among all of one call."""
@@ -301,14 +326,6 @@ class VideoLlama3Network(VideoModel):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie()
 
-    @property
-    def decoder(self) -> Decoder:
-        return self.model.language_model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.lm_head
-
     def _encoding(self, media: Sequence[Media]) -> Generator[None, None, list[Encoded]]:
         """Patches of each image or video -> its (M, D) features, those that are kept."""
         made = []
@@ -319,7 +336,7 @@ class VideoLlama3Network(VideoModel):
         return made
 
     def _tokens(self, item: Patches) -> Generator[None, None, Tensor]:
-        encoder, project = self.model.vision_model, self.model.projector
+        encoder, project = self.body.vision_model, self.body.projector
         encoder.check(item.pixels, item.grid, item.merge)
         (t, h, w), block = item.grid, item.merge**2
         kept = item.pixels.new_ones(t * h * w // block).bool() if item.kept is None else item.kept

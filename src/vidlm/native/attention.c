@@ -142,7 +142,8 @@ static void merge(const Decode *d, int type, int64_t row) {
             ((float *)d->out)[row * E + e] = acc[e] / total;
 }
 
-EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads) {
+EXPORT int vidlm_decode_attention(const Decode *d, int type, int threads) {
+    if (!tables_inside(d->tables, d->lengths, d->B, d->W, d->block, d->N)) return OUTSIDE;
     int64_t next = 0, merged = 0, longest = 0, done = 0;
     threads = hands(threads);
     for (int64_t b = 0; b < d->B; b++)
@@ -157,4 +158,5 @@ EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads) {
         for (int64_t i; (i = take(&merged)) < rows;) merge(d, type, i);
     }
     if (threads > 1) hands_came(done);
+    return DONE;
 }

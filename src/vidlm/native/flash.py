@@ -29,12 +29,22 @@ def flash_blocks(
 ) -> Tensor | None:
     """q (n, H, E), the last of `length` tokens that lie in blocks of keys and values (K, N, E):
     token t at slot table[t // block] * block + t % block -> (n, H, E), causal, as `flash`."""
-    wide = table.is_cpu and table.dtype == torch.int32 and table.is_contiguous()
-    if not wide or block % 16 or len(table) * block < length or q.shape[0] > length:
+    if not _inside(table, length, block, keys.shape[1]) or q.shape[0] > length:
         return None
     k, v = (x.transpose(0, 1)[None] for x in (keys, values))
     found = _flash(q[None], k, v, True, length, table, block)
     return None if found is None else found[0]
+
+
+def _inside(table: Tensor, length: int, block: int, N: int) -> bool:
+    """Whether a kernel can read `length` tokens by this table from N slots."""
+    whole = table.is_cpu and table.dtype == torch.int32 and table.is_contiguous()
+    if not whole or table.ndim != 1 or block < 1 or block % 16:
+        return False
+    if not 1 <= length <= len(table) * block:
+        return False
+    low, high = (int(x) for x in table[: -(-length // block)].aminmax())
+    return low >= 0 and (high + 1) * block <= N
 
 
 def _flash(
@@ -48,14 +58,14 @@ def _flash(
 ) -> Tensor | None:
     B, n, H, E = q.shape
     K = k.shape[2]
-    if q.dtype != torch.bfloat16 or E > WIDEST or E % 2 or H % K or not B * n * H * S:
+    if q.dtype != torch.bfloat16 or E > WIDEST or E % 2 or not B * n * H * S * K or H % K:
         return None
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, E):
         return None
     lib = computes(q, k, v)
     if lib is None or any(x.stride(3) != 1 for x in (q, k, v)):
         return None
-    out = torch.empty(B, n, H, E, dtype=q.dtype)
+    out = torch.empty(B, n, H, E, dtype=q.dtype, device="cpu")
     crew = threads(B * n * H * S)
     parts = max(1, min(-(-4 * crew // (B * K)), n // SHARE))  # four pieces of work a thread
     tensors = (q, k, v, out)

@@ -57,12 +57,36 @@ enum { CODED_MOST = 512 }; /* numbers in a row that is stored as int8 */
 
 enum { GELU_TANH, QUICK_GELU, SILU_MUL };
 
-/* 0, and nothing done, where there is no memory to unpack weights in. */
+/* What kernels answer. OUTSIDE: a slot, block or length is outside its buffer, and nothing was done;
+ * NO_MEMORY: there is none to unpack weights in. */
+enum { OUTSIDE = -1, NO_MEMORY = 0, DONE = 1 };
+
+/* Whether every slot is one of N. */
+INLINE int slots_inside(const int64_t *slots, int64_t count, int64_t N) {
+    for (int64_t i = 0; i < count; i++)
+        if (slots[i] < 0 || slots[i] >= N) return 0;
+    return 1;
+}
+
+/* Whether the tokens of each of B sequences, one at least, lie in slots among N. */
+INLINE int tables_inside(const int32_t *tables, const int32_t *lengths, int64_t B, int64_t W,
+                         int64_t block, int64_t N) {
+    for (int64_t b = 0; b < B; b++) {
+        int64_t length = lengths[b];
+        if (length < 1 || length > W * block) return 0;
+        for (int64_t i = 0; i * block < length; i++) {
+            int64_t first = tables[b * W + i] * block;
+            if (first < 0 || first + least(block, length - i * block) > N) return 0;
+        }
+    }
+    return 1;
+}
+
 EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_t M, int64_t D,
                          int type, int threads);
-EXPORT void vidlm_decode_attention(const Decode *d, int type, int threads);
+EXPORT int vidlm_decode_attention(const Decode *d, int type, int threads);
 EXPORT void vidlm_rms_norm(const Norm *n, float eps, int type, int threads);
-EXPORT void vidlm_heads(const Heads *h, int type, int threads);
-EXPORT void vidlm_decoded(const Codes *c, int type, int threads);
+EXPORT int vidlm_heads(const Heads *h, int type, int threads);
+EXPORT int vidlm_decoded(const Codes *c, int type, int threads);
 EXPORT void vidlm_activation(int kind, const char *x, const char *other, char *y, int64_t count,
                              int type, int threads);

@@ -29,7 +29,13 @@ SIGNATURES = {
     "vidlm_rms_norm": (_POINTER, ctypes.c_float, _INT, _INT),
     "vidlm_activation": (_INT, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT),
 }
-ANSWERS = ("vidlm_linears", "vidlm_stack")  # 1 where it was done, 0 where memory was short
+ANSWERS = (
+    "vidlm_linears",
+    "vidlm_stack",
+    "vidlm_decode_attention",
+    "vidlm_heads",
+    "vidlm_decoded",
+)  # whether it was done; see jobs.h
 _DECIDING = Lock()
 
 

@@ -184,7 +184,7 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
     if ((unpack && !room) || (direct && !inputs)) {
         free(room);
         free(inputs);
-        return 0;
+        return NO_MEMORY;
     }
     Rows all = {.x = x, .M = M, .D = D, .type = type};
 #if TILES
@@ -221,5 +221,5 @@ EXPORT int vidlm_linears(const Part *parts, int64_t count, const void *x, int64_
 #if TILES
     free(laid);
 #endif
-    return 1;
+    return DONE;
 }

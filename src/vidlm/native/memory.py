@@ -53,7 +53,7 @@ class LargePages(Arena):
     size; where it does not know them, tensors are ordinary ones."""
 
     def __init__(self) -> None:
-        super().__init__(torch.empty(0, dtype=torch.uint8))
+        super().__init__(torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def _has(self, size: int) -> bool:
         if not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -78,11 +78,11 @@ class Spare:
         try:
             memory = self._kept.pop()
         except IndexError:
-            memory = torch.empty(0, dtype=torch.uint8)
+            memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         if len(memory) < size:
             del memory  # before there is more
             with torch.inference_mode(False):  # a next task may not be in it
-                memory = torch.empty(size, dtype=torch.uint8)
+                memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         try:
             yield Arena(memory)
         finally:

@@ -11,8 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from vidlm.errors import InvalidArgument
 from vidlm.native import plain
-from vidlm.native.calls import TYPES, kernels, pack, threads
+from vidlm.native.calls import TYPES, checked, kernels, pack, threads
 from vidlm.native.coded import Cache, Coded, fields
 from vidlm.native.library import library
 
@@ -28,8 +29,10 @@ def decode_attention(
     q (B, H, E); keys and values (K, N, E), coded or not; tables (B, W) int32 and lengths (B,)
     int32, each 1 or more. Token t of sequence b is at slot tables[b, t // block] * block + t %
     block. Returns (B, H, E). Neither B nor where the blocks lie nor the number of threads changes a
-    bit of it.
+    bit of it. Raises InvalidArgument for shapes that do not fit each other, and IndexError for
+    tokens that are not in the cache.
     """
+    _check_decode(q, keys, values, tables, lengths, block)
     B, H, E = q.shape
     K, N, _ = keys.shape
     lib = reaches((keys, values), q)
@@ -37,22 +40,41 @@ def decode_attention(
         lib is None
         or not B
         or E > WIDEST
-        or not _indices(tables, torch.int32)
-        or not _indices(lengths, torch.int32)
+        or not indices(tables, torch.int32)
+        or not indices(lengths, torch.int32)
     ):
         return plain.decode_attention(q, keys, values, tables, lengths, block)
     W = tables.shape[1]
     spans = -(-W * block // SPAN)
-    scratch = torch.empty(B * H * spans * (E + 2))
+    scratch = torch.empty(B * H * spans * (E + 2), dtype=torch.float32, device="cpu")
     out = torch.empty_like(q)
     rest = (t.data_ptr() for t in (tables, lengths, out, scratch))
     job = pack(q.data_ptr(), *buffers(keys, values), *rest, B, H, K, E, N, W, block, spans)
     size = 2 * B * W * block * K * E * (1 if isinstance(keys, Coded) else q.element_size())
-    lib.vidlm_decode_attention(job, TYPES[q.dtype], threads(size))
+    done = lib.vidlm_decode_attention(job, TYPES[q.dtype], threads(size))
+    checked(done, f"a length or a block of a table of {N} slots")
     return out
 
 
-def _indices(x: Tensor, dtype: torch.dtype) -> bool:
+def _check_decode(
+    q: Tensor, keys: Cache, values: Cache, tables: Tensor, lengths: Tensor, block: int
+) -> None:
+    shapes = tuple(q.shape), tuple(keys.shape), tuple(tables.shape), tuple(lengths.shape)
+    match shapes:
+        case (B, H, E), (K, _, E2), (B2, _), (B3,):
+            fits = (E, B, B) == (E2, B2, B3) and K > 0 and H % K == 0
+        case _:
+            fits = False
+    if not fits or values.shape != keys.shape or block < 1:
+        raise InvalidArgument(
+            f"q, keys, values, tables and lengths of shapes {shapes[0]}, {shapes[1]}, "
+            f"{tuple(values.shape)}, {shapes[2]}, {shapes[3]}, block={block}; allowed: (B, H, E), "
+            "(K, N, E), (K, N, E), (B, W) and (B,), H a multiple of K, blocks of 1 slot or more"
+        )
+
+
+def indices(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read them as they are."""
     return x.is_cpu and x.dtype == dtype and x.is_contiguous()
 
 
@@ -70,7 +92,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def store(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> None:
-    """k and v (T, K, E) to slots (T,) int64 of keys and values (K, N, E), coded or not."""
+    """k and v (T, K, E) to slots (T,) int64 of keys and values (K, N, E), coded or not. Raises
+    IndexError where a slot is not one of N; nothing is stored then."""
     lib = reaches((keys, values), k, v)
     if lib is None or not _fits(k, v, keys, values, slots):
         plain.store(k, v, keys, values, slots)
@@ -78,7 +101,8 @@ def store(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> No
     T, K, E = k.shape
     into = (*buffers(keys, values), slots.data_ptr())
     job = pack(0, k.data_ptr(), v.data_ptr(), 0, 0, 0, *into, T, 0, K, E, keys.shape[1])
-    lib.vidlm_heads(job, TYPES[k.dtype], threads(4 * k.numel() * k.element_size()))
+    done = lib.vidlm_heads(job, TYPES[k.dtype], threads(4 * k.numel() * k.element_size()))
+    checked(done, f"a slot of {keys.shape[1]}")
 
 
 def rotate_store(
@@ -94,7 +118,7 @@ def rotate_store(
     keys, values = cache
     T, H, E = q.shape
     lib = reaches(cache, q, k, v, cos, sin)
-    turns = cos.shape == (T, E) and sin.shape == (T, E) and E % 2 == 0 and k.shape[0] == T
+    turns = cos.shape == sin.shape == (T, E) == k.shape[::2] and E % 2 == 0
     if lib is None or not turns or not _fits(k, v, keys, values, slots):
         plain.store(plain.rotate(k, cos, sin), v, keys, values, slots)
         return plain.rotate(q, cos, sin)
@@ -102,7 +126,7 @@ def rotate_store(
     given = (t.data_ptr() for t in (q, k, v, cos, sin, out))
     job = pack(*given, *buffers(keys, values), slots.data_ptr(), T, H, k.shape[1], E, keys.shape[1])
     size = (2 * q.numel() + 4 * k.numel()) * q.element_size()
-    lib.vidlm_heads(job, TYPES[q.dtype], threads(size))
+    checked(lib.vidlm_heads(job, TYPES[q.dtype], threads(size)), f"a slot of {keys.shape[1]}")
     return out
 
 
@@ -111,8 +135,9 @@ def numbers(
 ) -> Tensor:
     """Keys or values of some slots, (S,) int64 or a slice of them, in their order: (K, S, E).
 
-    Those that are coded come as numbers of `dtype`, in `room` (K, S, E) if it is given and the
-    kernels write it; of others no copy is made where a slice tells.
+    int8 caches are dequantized to `dtype`, into `room` (K, S, E) if it is given and the kernels
+    can write there; of other caches a slice is a view. Raises IndexError for slots that are not
+    there.
     """
     if not isinstance(cache, Coded):
         return cache[:, where]
@@ -121,15 +146,21 @@ def numbers(
         start, stop, step = where.indices(N)
         S, slots, told = max(stop - start, 0), 0, step == 1
     else:
-        start, S, slots, told = 0, len(where), where.data_ptr(), _indices(where, torch.int64)
+        start, S, slots = 0, len(where), where.data_ptr()
+        told = where.ndim == 1 and indices(where, torch.int64)
     computed = dtype in TYPES and cache.readable and not torch.compiler.is_compiling()
     lib = library() if told and computed else None
     if lib is None:
         return plain.numbers(cache, where, dtype)
-    out = torch.empty(K, S, E, dtype=dtype) if room is None else room
-    assert (out.shape, out.dtype) == ((K, S, E), dtype)
+    out = torch.empty(K, S, E, dtype=dtype, device="cpu") if room is None else room
+    if (out.shape, out.dtype) != ((K, S, E), dtype) or not (out.is_cpu and out.is_contiguous()):
+        raise InvalidArgument(
+            f"room of shape {tuple(out.shape)} and {out.dtype} on {out.device}; allowed: "
+            f"({K}, {S}, {E}) of {dtype} on the CPU, without gaps"
+        )
     job = pack(*fields(cache), slots, out.data_ptr(), start, S, K, E, N)
-    lib.vidlm_decoded(job, TYPES[dtype], threads(out.numel() + out.nbytes))
+    done = lib.vidlm_decoded(job, TYPES[dtype], threads(out.numel() + out.nbytes))
+    checked(done, f"a slot of {N}")
     return out
 
 
@@ -154,5 +185,5 @@ def _fits(k: Tensor, v: Tensor, keys: Cache, values: Cache, slots: Tensor) -> bo
     T, K, E = k.shape
     same = v.shape == k.shape and values.shape == keys.shape
     return (
-        same and keys.shape[::2] == (K, E) and slots.shape == (T,) and _indices(slots, torch.int64)
+        same and keys.shape[::2] == (K, E) and slots.shape == (T,) and indices(slots, torch.int64)
     )

@@ -8,7 +8,8 @@ from threading import local
 import torch
 from torch import Tensor
 
-from vidlm.native.calls import TYPES, pack, threads
+from vidlm.errors import InvalidArgument
+from vidlm.native.calls import OWN, TYPES, pack, threads
 from vidlm.native.library import library
 
 DENSE, EIGHT, FOUR = range(3)  # as in packed.h
@@ -24,11 +25,15 @@ class _Room(local):
     def of(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         size = shape[0] * shape[1]
         if self.memory is None or self.memory.dtype != dtype or len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=dtype)
+            self.memory = torch.empty(size, dtype=dtype, device="cpu")
         return self.memory[:size].view(shape)
 
 
 _ROOM = _Room()
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class PackedWeight:
     table  float32 (16): what a place stands for; None with 8 bits. Products of a few rows in
            bfloat16 take it rounded to that
     group  a multiple of 32
+
+    Raises InvalidArgument where shapes or dtypes are others: the kernels read what these promise.
     """
 
     width: int
@@ -50,6 +57,25 @@ class PackedWeight:
     scale: Tensor
     table: Tensor | None = None
     group: int = 0
+
+    def __post_init__(self) -> None:
+        O = len(self.codes)  # noqa: E741
+        if self.table is None:
+            fits = (self.codes.shape, self.scale.shape) == ((O, self.width), (O,))
+            fits &= (self.codes.dtype, self.scale.dtype) == (torch.int8, torch.float32)
+        else:
+            fits = self.group > 0 and self.group % 32 == 0
+            fits = fits and self.codes.shape == (O, -(-self.width // BLOCK) * (BLOCK // 2))
+            fits = fits and self.scale.shape == (O, -(-self.width // self.group))
+            fits &= self.codes.dtype == torch.uint8 and self.scale.dtype in TYPES
+            fits &= self.table.shape == (16,) and self.table.dtype == torch.float32
+        if not fits:
+            raise InvalidArgument(f"not a packed weight: {self!r:.300}; see PackedWeight")
+
+    def __repr__(self) -> str:
+        parts = {"codes": self.codes, "scale": self.scale, "table": self.table}
+        said = [f"{k}={x.dtype} {tuple(x.shape)}" for k, x in parts.items() if x is not None]
+        return f"PackedWeight(width={self.width}, group={self.group}, {', '.join(said)})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,8 +96,7 @@ class PackedWeight:
     def readable(self) -> bool:
         """Whether the kernels can read it where it is."""
         parts = [x for x in (self.codes, self.scale, self.table) if x is not None]
-        known = self.codes.element_size() == 1 and self.scale.dtype in TYPES
-        return known and all(x.is_cpu and x.is_contiguous() for x in parts)
+        return all(type(x) in OWN and x.is_cpu and x.is_contiguous() for x in parts)
 
     def numbers(self, dtype: torch.dtype, passing: bool = False) -> Tensor:
         """(O, D): what the weights stand for, rounded once to `dtype`. `passing`: the next that are
@@ -79,7 +104,8 @@ class PackedWeight:
         lib = library() if self.readable() and dtype in TYPES else None
         if lib is None:
             return self._numbers(dtype)
-        out = _ROOM.of(self.shape, dtype) if passing else torch.empty(self.shape, dtype=dtype)
+        empty = _ROOM.of if passing else _empty
+        out = empty(self.shape, dtype)
         job = pack(*self.fields, 0, out.data_ptr(), self.shape[0])
         lib.vidlm_unpack(job, self.width, TYPES[dtype], threads(out.nbytes))
         return out

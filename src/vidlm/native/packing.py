@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from vidlm.errors import InvalidArgument
 from vidlm.native.calls import TYPES, kernels, pack, threads
 from vidlm.native.packed import PackedWeight
 
@@ -16,8 +16,8 @@ def pack_rows(into: PackedWeight, start: int, rows: Tensor) -> bool:
     its last value.
     """
     R, D = rows.shape
-    assert D == into.width
-    assert 0 <= start <= into.shape[0] - R
+    if D != into.width or not 0 <= start <= into.shape[0] - R:
+        raise InvalidArgument(f"rows {start} to {start + R} of {D} columns into {into.shape}")
     part = PackedWeight(
         D,
         into.codes[start : start + R],
@@ -26,15 +26,9 @@ def pack_rows(into: PackedWeight, start: int, rows: Tensor) -> bool:
         into.group,
     )
     given = rows.detach()
-    lib = kernels(given) if rows.numel() and _takes(part) else None
+    lib = kernels(given) if rows.numel() and part.readable() else None
     if lib is None:
         return False
     job = pack(*part.fields, given.data_ptr(), R, D)
     lib.vidlm_pack(job, TYPES[given.dtype], threads(given.nbytes))
     return True
-
-
-def _takes(part: PackedWeight) -> bool:
-    if part.table is None:
-        return part.readable() and part.scale.dtype == torch.float32
-    return part.readable() and part.table.dtype == torch.float32 and len(part.table) == 16

@@ -33,9 +33,11 @@ def decode_attention(
     rows = []
     for x, table, length in zip(q, tables.tolist(), lengths.tolist(), strict=True):
         used = table[: -(-length // block)]
+        _check_blocks(used, length, block, keys.shape[1])
         where: slice | Tensor = slice(used[0] * block, used[0] * block + length)
         if any(b != used[0] + i for i, b in enumerate(used)):  # no neighbours: a copy it must be
-            slots = torch.tensor(used)[:, None] * block + torch.arange(block)
+            first = torch.tensor(used, dtype=torch.int64, device="cpu")[:, None] * block
+            slots = first + torch.arange(block, dtype=torch.int64, device="cpu")
             where = slots.flatten()[:length]
         k, v = numbers(keys, where, q.dtype), numbers(values, where, q.dtype)  # (K, S, E)
         weights = _weights(x.view(len(k), -1, x.shape[-1]), k)
@@ -43,14 +45,24 @@ def decode_attention(
     return torch.stack(rows) if rows else torch.empty_like(q)
 
 
+def _check_blocks(used: Sequence[int], length: int, block: int, N: int) -> None:
+    """A slice past the end would be cut short in silence, and a negative index be counted from
+    the end."""
+    last = length - (len(used) - 1) * block  # tokens of the last block
+    ends = (b * block + (last if i == len(used) - 1 else block) for i, b in enumerate(used))
+    if not 1 <= length <= len(used) * block or min(used) < 0 or max(ends) > N:
+        raise IndexError(f"{length} tokens in the blocks {used} of {block} among {N} slots")
+
+
 def _all_at_once(
     q: Tensor, keys: Cache, values: Cache, tables: Tensor, lengths: Tensor, block: int
 ) -> Tensor:
     """The shorter sequences are filled up, and nothing waits for the device."""
     B, _, E = q.shape
-    slots = tables[:, :, None].long() * block + torch.arange(block, device=q.device)
-    slots = slots.flatten(1)  # (B, S)
-    hidden = torch.arange(slots.shape[1], device=q.device) >= lengths[:, None]
+    inside = torch.arange(block, dtype=torch.int64, device=q.device)
+    slots = (tables[:, :, None].long() * block + inside).flatten(1)  # (B, S)
+    place = torch.arange(slots.shape[1], dtype=torch.int64, device=q.device)
+    hidden = place >= lengths[:, None]
     # A slot that was never written may hold anything, NaN too, so what is filled up is a sequence's
     # first token, again and again.
     slots = torch.where(hidden, slots[:, :1], slots)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vidlm.native import plain
-from vidlm.native.calls import TYPES, computes, kernels, pack, threads
+from vidlm.native.calls import TYPES, checked, computes, kernels, pack, threads
 from vidlm.native.packed import DENSE, PackedWeight
 
 MOST_ROWS = 32  # from here on oneDNN's matrix product is faster
@@ -29,7 +29,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     That copies the bias into every row of the result before it multiplies; oneDNN, asked itself,
     adds it to the sums while it has them.
     """
-    if x.dtype == torch.bfloat16 and computes(x, weight, bias) and torch.backends.mkldnn.enabled:
+    fits = weight.ndim == 2 and (x.shape[-1:], bias.shape) == (weight.shape[1:], weight.shape[:1])
+    takes = x.dtype == torch.bfloat16 and fits and torch.backends.mkldnn.enabled
+    if takes and computes(x, weight, bias):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return functional.linear(x, weight, bias)
@@ -53,11 +55,10 @@ def linears(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None
         outs.append(out)
         parts += [*fields(weight), 0 if bias is None else bias.data_ptr(), out.data_ptr(), O]
         size += weight.nbytes
-    done = lib.vidlm_linears(
-        pack(*parts), len(outs), x.data_ptr(), M, D, TYPES[x.dtype], threads(size)
-    )
-    if not done:
-        raise MemoryError(f"no memory to unpack weights of {D} columns in")
+    job = pack(*parts)
+    x_type = TYPES[x.dtype]
+    done = lib.vidlm_linears(job, len(outs), x.data_ptr(), M, D, x_type, threads(size))
+    checked(done, "a row")
     return outs
 
 

@@ -117,9 +117,11 @@ static void heads(const Heads *h, int64_t row, int64_t size, int type) {
         }
 }
 
-EXPORT void vidlm_heads(const Heads *h, int type, int threads) {
+EXPORT int vidlm_heads(const Heads *h, int type, int threads) {
+    if (h->k && !slots_inside(h->slots, h->T, h->N)) return OUTSIDE;
     int64_t size = h->E * (type == BFLOAT16 ? 2 : 4);
     ROWS(h->T, size * (h->H + 2 * h->K), heads(h, row, size, type))
+    return DONE;
 }
 
 /* ---- numbers of what is stored as int8 ----------------------------------------------------------- */
@@ -144,7 +146,9 @@ static void decoded(const Codes *c, int64_t stretch, int64_t each, int type) {
     }
 }
 
-EXPORT void vidlm_decoded(const Codes *c, int type, int threads) {
+EXPORT int vidlm_decoded(const Codes *c, int type, int threads) {
+    if (c->slots && !slots_inside(c->slots, c->S, c->N)) return OUTSIDE;
     int64_t each = (c->S + TOKENS - 1) / TOKENS;
     ROWS(c->K * each, TOKENS * c->E * (type == BFLOAT16 ? 3 : 5), decoded(c, row, each, type))
+    return DONE;
 }

@@ -31,6 +31,8 @@ static int crew(const Stack *s, int64_t bytes) {
 }
 
 EXPORT int vidlm_stack(const Stack *s, float eps, int type) {
+    if (!slots_inside(s->slots, s->M, s->N)) return OUTSIDE;
+    if (!tables_inside(s->tables, s->lengths, s->M, s->W, s->block, s->N)) return OUTSIDE;
     int64_t size = type == BFLOAT16 ? 2 : 4, M = s->M, D = s->D, I = s->I, E = s->E;
     int64_t wide = s->H * E, narrow_ = s->K * E;
     char *normed = s->room, *q = normed + M * D * size, *k = q + M * wide * size;
@@ -48,7 +50,7 @@ EXPORT int vidlm_stack(const Stack *s, float eps, int type) {
         Part qkv[3] = {{layer->q, layer->q_bias, q, wide},
                        {layer->k, layer->k_bias, k, narrow_},
                        {layer->v, layer->v_bias, v, narrow_}};
-        if (!vidlm_linears(qkv, 3, normed, M, D, type, crew(s, (wide + 2 * narrow_) * D * size))) return 0;
+        if (!vidlm_linears(qkv, 3, normed, M, D, type, crew(s, (wide + 2 * narrow_) * D * size))) return NO_MEMORY;
         Heads heads = {q, k, v, s->cos, s->sin, turned, layer->keys, layer->values,
                        layer->key_scales, layer->value_scales, s->slots, M, s->H, s->K, E, s->N};
         vidlm_heads(&heads, type, crew(s, (2 * wide + 4 * narrow_) * M * size));
@@ -58,15 +60,15 @@ EXPORT int vidlm_stack(const Stack *s, float eps, int type) {
         int64_t each = layer->key_scales ? 1 : size;
         vidlm_decode_attention(&attend, type, crew(s, 2 * M * s->W * s->block * narrow_ * each));
         Part o = {layer->o, 0, delta, D};
-        if (!vidlm_linears(&o, 1, found, M, wide, type, crew(s, wide * D * size))) return 0;
+        if (!vidlm_linears(&o, 1, found, M, wide, type, crew(s, wide * D * size))) return NO_MEMORY;
 
         Norm after = {s->x, delta, layer->after, s->x, normed, M, D};
         vidlm_rms_norm(&after, eps, type, crew(s, 4 * M * D * size));
         Part both[2] = {{layer->gate, 0, gate, I}, {layer->up, 0, up, I}};
-        if (!vidlm_linears(both, 2, normed, M, D, type, crew(s, 2 * I * D * size))) return 0;
+        if (!vidlm_linears(both, 2, normed, M, D, type, crew(s, 2 * I * D * size))) return NO_MEMORY;
         vidlm_activation(SILU_MUL, gate, up, gate, M * I, type, crew(s, 3 * M * I * size));
         Part down = {layer->down, 0, delta, D};
-        if (!vidlm_linears(&down, 1, gate, M, I, type, crew(s, I * D * size))) return 0;
+        if (!vidlm_linears(&down, 1, gate, M, I, type, crew(s, I * D * size))) return NO_MEMORY;
     }
-    return 1;
+    return DONE;
 }

@@ -10,9 +10,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from vidlm.native.calls import SHARE, TYPES, kernels, pack
+from vidlm.native.calls import SHARE, TYPES, checked, kernels, pack
 from vidlm.native.coded import Cache, Coded
-from vidlm.native.ops import SPAN, WIDEST, buffers
+from vidlm.native.ops import SPAN, WIDEST, buffers, indices
 from vidlm.native.packed import PackedWeight
 from vidlm.native.products import MOST_ROWS, Weight, fields, takes
 
@@ -69,6 +69,7 @@ class StackTable:
 
     def __init__(self, layers: Sequence[StackLayer], last: Tensor) -> None:
         self.layers, self.last, self.dtype = len(layers), last, last.dtype
+        self.sizes = _sizes(layers[0])
         self._array = pack(*chain.from_iterable(layer.pointers for layer in layers))
         weights = [weight for layer in layers for weight in layer.weights]
         self._tensors = [*chain.from_iterable(map(_parts, weights)), last]
@@ -80,7 +81,10 @@ class StackTable:
         """None where the kernels cannot take them, with rows like x."""
         weights = [weight for layer in layers for weight in layer.weights]
         others = [tensor for layer in layers for tensor in layer.tensors]
-        if takes(x, weights, last, *others) is None:
+        if not layers or takes(x, weights, last, *others) is None:
+            return None
+        sizes = _sizes(layers[0])
+        if last.shape != (sizes[0],) or not all(_fits(layer, *sizes) for layer in layers):
             return None
         return cls(layers, last)
 
@@ -105,6 +109,23 @@ class StackTable:
 
     def _now(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._tensors))
+
+
+def _sizes(layer: StackLayer) -> tuple[int, int, int, int]:
+    """D, H * E, K * E and I, as a layer's first matrices have them."""
+    q, k, _ = layer.qkv
+    return q.shape[1], q.shape[0], k.shape[0], layer.gate_up[0].shape[0]
+
+
+def _fits(layer: StackLayer, D: int, wide: int, narrow: int, I: int) -> bool:  # noqa: E741
+    """Whether all of a layer's weights have the shapes that the kernel reads."""
+    shapes = [(wide, D), (narrow, D), (narrow, D), (D, wide), (I, D), (I, D), (D, I)]
+    biases = zip(layer.biases, (wide, narrow, narrow), strict=True)
+    return (
+        all(w.shape == shape for w, shape in zip(layer.weights, shapes, strict=True))
+        and all(bias is None or bias.shape == (rows,) for bias, rows in biases)
+        and layer.norm.shape == layer.after.shape == (D,)
+    )
 
 
 def _parts(weight: Weight) -> list[Tensor]:
@@ -137,7 +158,8 @@ def stack(
 ) -> Tensor | None:
     """x (M, D) through all layers and the norm behind them -> (M, D); rope: cos and sin (M, E).
     New keys and values are stored in the caches, keys and values (K, N, E) of each layer, coded or
-    not. None, and nothing done, where the kernels cannot."""
+    not. None, and nothing done, where the kernels cannot; IndexError, and nothing done, where a
+    slot or a block is not in the caches."""
     M, D = x.shape
     numbers = [part for cache in caches for part in cache if isinstance(part, Tensor)]
     coded = [part for cache in caches for part in cache if isinstance(part, Coded)]
@@ -147,14 +169,17 @@ def stack(
     if not takes_rows(M) or shape.head_dim > WIDEST or shape.head_dim % 2:
         return None
     H, K, E, I = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden  # noqa: E741
+    N = caches[0][0].shape[1] if caches else 0
+    held = len(caches) == table.layers and all(c.shape == (K, N, E) for c in chain(*caches))
+    if not held or table.sizes != (D, H * E, K * E, I) or H % K or not _placed(places, rope, M, E):
+        return None
     W = places.tables.shape[1]
     spans = -(-W * places.block // SPAN)
-    scratch = torch.empty(M * H * spans * (E + 2))
+    scratch = torch.empty(M * H * spans * (E + 2), dtype=torch.float32, device="cpu")
     room = x.new_empty(M * (2 * D + 3 * H * E + 2 * K * E + 2 * I))
     layers = table.filled(caches)
     x, out = x.clone(), torch.empty_like(x)
     used = (table.last, x, out, *rope, places.slots, places.tables, places.lengths, room, scratch)
-    N = caches[0][0].shape[1]
     sizes = (table.layers, M, D, I, H, K, E, N, W, places.block, spans)
     job = pack(
         ctypes.addressof(layers),
@@ -163,6 +188,15 @@ def stack(
         torch.get_num_threads(),
         SHARE,
     )
-    if not lib.vidlm_stack(job, shape.eps, TYPES[x.dtype]):
-        raise MemoryError("no memory to unpack the weights of a layer in")
+    done = lib.vidlm_stack(job, shape.eps, TYPES[x.dtype])
+    checked(done, f"a slot, a length or a block of a table of {N} slots")
     return out
+
+
+def _placed(places: Places, rope: tuple[Tensor, Tensor], M: int, E: int) -> bool:
+    """Whether tables, lengths, slots and angles are what the kernel reads."""
+    tables, lengths, slots, block = places.tables, places.lengths, places.slots, places.block
+    shapes = tables.shape[:1] == lengths.shape == slots.shape == (M,) and tables.ndim == 2
+    angles = rope[0].shape == rope[1].shape == (M, E)
+    both = indices(tables, torch.int32) and indices(lengths, torch.int32)
+    return shapes and angles and both and indices(slots, torch.int64) and block > 0

@@ -37,6 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
 
 def _paged(q: Tensor, k: Tensor, v: Tensor, step: Step, pages: Pages, layer: int) -> Tensor:
     keys, values = pages.layer(layer, k, v)  # (K, N, E) each, coded or not
+    if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dtype != k.dtype:
+        k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast: the cache serves others, too
     native.store(k, v, keys, values, pages.slots)
     if max(step.lengths) == 1:
         return native.decode_attention(q, keys, values, pages.tables, pages.lengths, pages.block)

@@ -161,7 +161,7 @@ def _refuse_unsupported(config: Mapping[str, Any], read: DecoderConfig) -> None:
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.get_default_dtype()))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,12 +276,3 @@ class Decoder(nn.Module):
         if trace is not None:
             trace.append(x)
         return x
-
-
-class CausalLM(nn.Module):
-    """A decoder and its head, under the names of checkpoints."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -48,7 +48,8 @@ class HybridAttention(Attention):
         act = [nn.Tanh()] if gate.tanh else []
         self.cross_attn_gate_proj = nn.Sequential(nn.Linear(D, 1), *act)
         if gate.warm_up:
-            self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1))
+            closed = torch.zeros(1, dtype=torch.get_default_dtype())
+            self.cross_attn_warm_up_gate = nn.Parameter(closed)
         self.cross = MemoryAttention()
 
     def read(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, norm: RMSNorm) -> Tensor:
@@ -65,7 +66,8 @@ class HybridAttention(Attention):
         for segment in step.segments():
             if segment.memory is None:
                 continue
-            rows = torch.arange(segment.start, segment.stop, device=q.device)
+            span = segment.start, segment.stop
+            rows = torch.arange(*span, dtype=torch.int64, device=q.device)
             if step.readers is not None:
                 rows = rows[step.readers[segment.start : segment.stop]]
             if not len(rows):
@@ -74,7 +76,8 @@ class HybridAttention(Attention):
                 self.layer, lambda m: self._keys(norm(m.to(q.device)))
             )
             found = self.cross(q[rows], keys, values)  # (n, D)
-            x = x.index_add(0, rows, self._open(own[rows]) * found)
+            opened = self._open(own[rows]) * found
+            x = x.index_add(0, rows, opened.to(x.dtype))  # differs under autocast alone
         return x
 
     def _keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = codes.shape[0], width
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        table = None if packing.table is None else torch.tensor(packing.table).to(codes.device)
+        table = _table(packing, codes.device)
         self.register_buffer("table", table, persistent=False)
         self.register_parameter("bias", None)
 
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
             D,
         )
         if four:  # not of the file: it is there from the beginning
-            made.table = torch.tensor(packing.table, device="cpu")
+            made.table = _table(packing, torch.device("cpu"))
         made.bias = layer.bias
         return made
 
@@ -105,3 +105,10 @@ def product(x: Tensor, weight: native.Weight, bias: Tensor | None) -> Tensor:
     else:  # a backward pass would find others in the same memory
         numbers = weight.numbers(x.dtype, passing=not torch.is_grad_enabled())
     return nn.functional.linear(x, numbers) if bias is None else native.affine(x, numbers, bias)
+
+
+def _table(packing: Packing, device: torch.device) -> Tensor | None:
+    """The values of the 16 codes on `device`, None with 8 bits."""
+    if packing.table is None:
+        return None
+    return torch.tensor(packing.table, dtype=torch.float32, device=device)

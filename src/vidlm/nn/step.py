@@ -183,7 +183,10 @@ class Step:
 def packed(lengths: Sequence[int], device: torch.device, kv: Sequence[KV] | None = None) -> Step:
     """A step of sequences that continue after whatever `kv` holds of them, memory included."""
     pasts = [store.length for store in kv] if kv is not None else [0] * len(lengths)
-    spans = [torch.arange(past, past + n) for past, n in zip(pasts, lengths, strict=True)]
+    spans = [
+        torch.arange(past, past + n, dtype=torch.int64, device="cpu")
+        for past, n in zip(pasts, lengths, strict=True)
+    ]
     positions = upload(torch.cat(spans), device)
     if kv is None:
         return Step(positions, tuple(lengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -84,8 +85,15 @@ class Scheme:
 
 
 def within(layer: str, part: str) -> bool:
-    """Whether a layer's dotted name has this part; "model." in front, as others have it, or not."""
-    return f".{part.removeprefix('model.')}." in f".{layer}."
+    """Whether a layer's dotted name has this part, "model." in front or not, or the layer's name
+    in the hub's files does."""
+    part = HEAD if part == f"language_model.{HEAD}" else part.removeprefix("model.")
+    return any(f".{part}." in f".{name}." for name in (layer, _on_the_hub(layer)))
+
+
+def _on_the_hub(layer: str) -> str:
+    decoder = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
+    return re.sub(r"^model\.(\w+_tower)\.", r"\1.vision_model.", decoder)
 
 
 def check_skipped(given: Iterable[str], layers: Iterable[str], keyword: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, overload
 from tokenizers import Tokenizer as Backend
 
 from vidlm.errors import InvalidArgument, ModelError
+from vidlm.files import write_files
 from vidlm.text.files import (
     MORE_SPECIAL,
     NAMED,
@@ -33,6 +34,13 @@ from vidlm.text.stream import clean_up
 from vidlm.text.vocabulary import from_vocabulary
 
 ARRAY_LIBRARY = {"np": "numpy", "pt": "torch"}
+UNBOUNDED = int(1e30)  # model_max_length of files that do not say it, as transformers has it
+SETTABLE = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"),
+    *("padding_side", "truncation_side", "model_max_length"),
+    *("clean_up_tokenization_spaces", "chat_template"),
+)
 
 
 class _IdOf:
@@ -70,8 +78,9 @@ def _backend(folder: Path) -> Backend:
 class Tokenizer:
     """A checkpoint's tokenizer, with the attribute and method names that users know.
 
-    bos_token, eos_token, unk_token, pad_token, padding_side, clean_up_tokenization_spaces and
-    chat_template may be set. `backend` is the tokenizers.Tokenizer underneath. Nothing truncates.
+    SETTABLE names the attributes that may be set; any other is an AttributeError, as it would have
+    no effect. `backend` is the tokenizers.Tokenizer underneath. The tokenizer itself never
+    truncates: model_max_length and truncation_side are for processors that are told to.
     """
 
     bos_token_id = _IdOf("bos_token")
@@ -99,8 +108,17 @@ class Tokenizer:
         self.clean_up_tokenization_spaces = bool(
             self._config.get("clean_up_tokenization_spaces", False)
         )
+        self.truncation_side: str = self._config.get("truncation_side") or "right"
+        self.model_max_length = int(self._config.get("model_max_length") or UNBOUNDED)
         self.chat_template = chat_template
         add_declared(backend, self._config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in (*SETTABLE, "backend", "_config"):
+            raise AttributeError(
+                f"a tokenizer has no attribute {name!r} to set; allowed: {', '.join(SETTABLE)}"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
@@ -124,9 +142,10 @@ class Tokenizer:
 
         transformers' AutoTokenizer reads the folder too.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_files(folder, self.files())
+
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes, by the files' names."""
         added = self.backend.get_added_tokens_decoder()
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -138,10 +157,11 @@ class Tokenizer:
         }
         config.pop("chat_template", None)  # it goes to the file that wins over all other places
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        made: dict[str, str | bytes] = {"tokenizer.json": self.backend.to_str(pretty=True)}
+        made["tokenizer_config.json"] = text
         if self.chat_template is not None:
-            # bytes: text mode would turn the template's line ends into the platform's
-            (folder / "chat_template.jinja").write_bytes(self.chat_template.encode())
+            made["chat_template.jinja"] = self.chat_template
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -173,6 +193,8 @@ class Tokenizer:
         if isinstance(tokens, str):
             id = self.backend.token_to_id(tokens)
             return self.unk_token_id if id is None else id
+        if not isinstance(tokens, Sequence):
+            self.check(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     @overload
@@ -199,6 +221,10 @@ class Tokenizer:
             for name in NAMED:
                 if name in tokens:
                     setattr(self, name, text_of(tokens[name]))
+        elif isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            raise InvalidArgument(
+                f"add_special_tokens takes a list of texts or a map, got {tokens!r:.80}"
+            )
         else:
             tokens = {"additional_special_tokens": list(tokens)}
         before = len(self)
@@ -207,7 +233,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; `add_special_tokens` lets tokenizer.json add BOS and the like."""
+        self.check(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @staticmethod
+    def check(text: str) -> None:
+        """Raise InvalidArgument unless this is text that can be encoded."""
+        if not isinstance(text, str):
+            raise InvalidArgument(
+                f"a text is needed, got {type(text).__name__}; pass a str, or the tokenizer itself "
+                "a list of them"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"the text has half a character ({text[error.start]!r}, a lone surrogate) at "
+                f"{error.start}: it was decoded wrongly; read it as UTF-8, or remove it with "
+                "text.encode(errors='replace').decode()"
+            ) from None
 
     def decode(
         self,
@@ -233,6 +277,11 @@ class Tokenizer:
     ) -> list[str]:
         """The text of each row."""
         options = (skip_special_tokens, clean_up_tokenization_spaces)
+        if isinstance(sequences, str) or not hasattr(sequences, "__iter__"):
+            raise InvalidArgument(
+                f"batch_decode takes rows of token ids, got {type(sequences).__name__}; use decode "
+                "for one row"
+            )
         return [self.decode(row, *options) for row in sequences]
 
     def __call__(
@@ -249,6 +298,8 @@ class Tokenizer:
         Lists; with return_tensors "np" or "pt" arrays (B, T) of int64, also for a single text.
         Raises InvalidArgument for a choice there is not, or rows of unequal length as an array.
         """
+        if not isinstance(text, str | Sequence):
+            self.check(text)
         texts = [text] if isinstance(text, str) else list(text)
         # One by one: encode_batch starts threads, and a process that has them may not fork.
         rows = [self.encode(item, add_special_tokens) for item in texts]
@@ -266,15 +317,28 @@ class Tokenizer:
         padding: bool | str = False,
         padding_side: str | None = None,
         return_tensors: str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> dict[str, Any]:
-        """{"input_ids", "attention_mask"} of rows of ids, as `__call__` gives them for texts."""
-        _require("padding", padding, (False, True, "longest"))
+        """{"input_ids", "attention_mask"} of rows of ids, as `__call__` gives them for texts.
+
+        padding="max_length" brings rows to `max_length` tokens, longer ones staying as they are;
+        `pad_to_multiple_of` rounds the length of padded rows up.
+        """
+        _require("padding", padding, (False, True, "longest", "max_length", "do_not_pad"))
         _require("padding_side", padding_side, (None, "left", "right"))
         _require("return_tensors", return_tensors, (None, *ARRAY_LIBRARY))
         ids = [list(row) for row in rows]
         masks = [[1] * len(row) for row in ids]
-        if padding:
-            self._pad(ids, masks, padding_side or self.padding_side)
+        if padding and padding != "do_not_pad":
+            length = max(map(len, ids), default=0)
+            if padding == "max_length":
+                if max_length is None:
+                    raise InvalidArgument("padding='max_length' needs max_length, as batch has it")
+                length = max_length
+            if pad_to_multiple_of:
+                length += -length % pad_to_multiple_of
+            self._pad(ids, masks, padding_side or self.padding_side, length)
         if return_tensors is None:
             return {"input_ids": ids, "attention_mask": masks}
         return {
@@ -282,8 +346,8 @@ class Tokenizer:
             "attention_mask": _array(masks, return_tensors),
         }
 
-    def _pad(self, rows: list[list[int]], masks: list[list[int]], side: str) -> None:
-        """Bring all rows to the longest one's length, in place."""
+    def _pad(self, rows: list[list[int]], masks: list[list[int]], side: str, length: int) -> None:
+        """Bring all rows to at least this length, in place."""
         _require("tokenizer.padding_side", side, ("left", "right"))
         pad = self.pad_token_id
         if pad is None:
@@ -291,9 +355,8 @@ class Tokenizer:
                 f"padding needs a pad token of the vocabulary, tokenizer.pad_token is "
                 f"{self.pad_token!r}; set it, for example to tokenizer.eos_token"
             )
-        longest = max(map(len, rows), default=0)
         for row, mask in zip(rows, masks, strict=True):
-            missing = longest - len(row)
+            missing = max(length - len(row), 0)
             at = 0 if side == "left" else len(row)
             row[at:at] = [pad] * missing
             mask[at:at] = [0] * missing

@@ -127,7 +127,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), 1e-6))  # layer scale, under its stored name
+        scale = torch.full((dim,), 1e-6, dtype=torch.get_default_dtype())
+        self.weight = nn.Parameter(scale)  # layer scale, under its stored name
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim)

@@ -203,7 +203,8 @@ class NaViT(nn.Module):
 
 def places(h: int, w: int, merge: int) -> Tensor:
     """Row and column of each patch of a frame, in merge-block order: (P, 2)."""
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    sides = (torch.arange(n, dtype=torch.int64, device="cpu") for n in (h, w))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     blocks = torch.stack((rows, columns), -1).view(h // merge, merge, w // merge, merge, 2)
     return blocks.transpose(1, 2).reshape(h * w, 2)
 

@@ -28,7 +28,16 @@ from PIL import Image
 from torch import Tensor
 
 from vidlm.errors import InvalidArgument, UnsupportedModel
-from vidlm.vision.preprocess import CLIP_MEAN, CLIP_STD, MODES, Frame, _channels, resize, to_pixels
+from vidlm.vision.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MODES,
+    Frame,
+    _channels,
+    per_channel,
+    resize,
+    to_pixels,
+)
 
 Grid = tuple[int, int, int]  # frames, and patches of a frame downwards and across
 Size = tuple[int, int]  # height and width
@@ -182,7 +191,7 @@ class Patchify:
         shape = _shape(frames)
         size = size or self.size(len(frames), *self.sides(frames))
         t, h, w = grid = self.grid(len(frames), size)
-        rows = torch.empty(t, h * w, 3 * self.patch_size**2)
+        rows = torch.empty(t, h * w, 3 * self.patch_size**2, dtype=torch.float32, device="cpu")
         for row, frame in zip(rows, frames, strict=True):
             pixels = to_pixels(frame)
             if tuple(pixels.shape[1:]) != shape:
@@ -203,8 +212,8 @@ class Patchify:
         """(3, H, W) -> (P, 3 · patch²) float32, written into `out`."""
         m, p = self.merge_size, self.patch_size
         # One fused step, as the reference: (x - 255 mean) / (255 std) in float32.
-        mean = torch.tensor(self.mean)[:, None, None] * (1.0 / self.rescale)
-        std = torch.tensor(self.std)[:, None, None] * (1.0 / self.rescale)
+        mean = per_channel(self.mean) * (1.0 / self.rescale)
+        std = per_channel(self.std) * (1.0 / self.rescale)
         x = (pixels.float() - mean) / std
         blocks = x.unflatten(2, (-1, m, p)).unflatten(1, (-1, m, p))  # (3, H', m, p, W', m, p)
         blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6)  # (H', W', m, m, 3, p, p)

@@ -1,10 +1,11 @@
-"""Images to normalised pixels, with the arithmetic of transformers' torchvision backend.
+"""Images to normalised pixels, with the arithmetic of transformers' torchvision backend, or that of
+its processors that resize with Pillow (PillowPreprocess).
 
-That backend resizes uint8 pixels with torch's antialiased kernel, so the same kernel is called
-here and the result is bit-equal (tests/parity/test_preprocess.py); the only torch in front of the
-vision tower, which is why this is not part of `vidlm.media`. transformers' PIL backend rounds
-differently: 1 or 2 grey levels of 255 apart where a frame shrinks or is smooth, and up to some 20
-at hard edges that are enlarged. Float frames take the same steps, and nothing is rounded.
+The torchvision backend resizes uint8 pixels with torch's antialiased kernel, so the same kernel is
+called here and the result is bit-equal (tests/parity/test_preprocess.py); the only torch in front
+of the vision tower, which is why this is not part of `vidlm.media`. Pillow rounds differently: 1 or
+2 grey levels of 255 apart where a frame shrinks or is smooth, and up to some 20 at hard edges that
+are enlarged. Float frames take the same steps, and torch rounds nothing of them.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Preprocess:
 
     def __call__(self, frames: Sequence[Frame]) -> Tensor:
         """RGB frames, of any sizes -> (F, 3, height, width) float32."""
-        out = torch.empty(len(frames), 3, *self.size)
+        out = torch.empty(len(frames), 3, *self.size, dtype=torch.float32, device="cpu")
         for row, frame in zip(out, frames, strict=True):
             row.copy_(self.one(frame))
         return out
@@ -119,8 +120,8 @@ class Preprocess:
         if self.crop is not None:
             pixels = centre_crop(pixels, self.crop)
         # One fused step, as the reference: (x - 255 mean) / (255 std) in float32.
-        mean = torch.tensor(self.mean)[:, None, None] * (1.0 / self.rescale)
-        std = torch.tensor(self.std)[:, None, None] * (1.0 / self.rescale)
+        mean = per_channel(self.mean) * (1.0 / self.rescale)
+        std = per_channel(self.std) * (1.0 / self.rescale)
         return (pixels.float() - mean) / std
 
     def _target(self, pixels: Tensor) -> tuple[int, int]:
@@ -132,21 +133,24 @@ class Preprocess:
 
 
 class PillowPreprocess(Preprocess):
-    """The same with the arithmetic of transformers before it used torch: Pillow's resize, numpy's
-    rounding. Bit-equal to the processor that Slow-Fast was trained with."""
+    """The same with the arithmetic of transformers' older processors: Pillow's resize, numpy's
+    rounding. Bit-equal to the processor that Slow-Fast was trained with, and to Video-LLaVA's of
+    images, which has no other backend (tests/parity/test_image_processing.py)."""
 
     def one(self, frame: Frame) -> Tensor:
         pixels = to_pixels(frame)  # (3, H, W)
         if self.resize is not None:
-            height, width = self._target(pixels)
-            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-            pixels = as_tensor(np.asarray(image.resize((width, height), Resampling.BICUBIC)))
-            pixels = pixels.permute(2, 0, 1)
+            pixels = pillow_resize(pixels, self._target(pixels), self.mode)
         if self.crop is not None:
-            pixels = centre_crop(pixels, self.crop)
+            pixels = centre_crop(pixels, self.crop, more_in_front=True)
         values = (pixels.double() * self.rescale).float()
-        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        mean, std = per_channel(self.mean), per_channel(self.std)
         return (values - mean) / std
+
+
+def per_channel(values: Sequence[float]) -> Tensor:
+    """One number per colour channel, to broadcast over pixels: (3, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]
 
 
 def shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
@@ -168,13 +172,44 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return out[0]
 
 
-def centre_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut the middle out; what is missing at the edges is black, floor before and ceil behind."""
+def pillow_resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """(C, H, W) uint8 or float -> (C, *size) of the same dtype, by Pillow.
+
+    Pillow resizes bytes: floats become grey levels on the way, as in the reference, those from 0 to
+    1 in 255 steps. Raises InvalidArgument for others that are no whole numbers from 0 to 255.
+    """
+    number = next(number for number, name in MODES.items() if name == mode)
+    levels, scaled = (pixels, False) if pixels.dtype == torch.uint8 else _grey_levels(pixels)
+    array = levels.permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    out = as_tensor(np.asarray(image.resize(size[::-1], Resampling(number))))
+    out = out[None] if out.ndim == 2 else out.permute(2, 0, 1)
+    if pixels.dtype == torch.uint8:
+        return out
+    return (out.double() * (1 / 255 if scaled else 1)).float().to(pixels.dtype)
+
+
+def _grey_levels(pixels: Tensor) -> tuple[Tensor, bool]:
+    """Floats as bytes, and whether they were from 0 to 1."""
+    low, high = float(pixels.min()), float(pixels.max())
+    whole = torch.allclose(pixels, pixels.trunc())
+    if not (low >= 0 and high <= (255 if whole else 1)):
+        raise InvalidArgument(
+            f"floats from {low:g} to {high:g} are no image to Pillow, which this processor resizes "
+            "with; give them from 0 to 1, whole numbers from 0 to 255, or uint8"
+        )
+    values = pixels if whole else (pixels.double() * 255).float()
+    return values.to(torch.uint8), not whole
+
+
+def centre_crop(pixels: Tensor, size: tuple[int, int], more_in_front: bool = False) -> Tensor:
+    """Cut the middle out. What is missing at the edges is black; of an odd number of rows or
+    columns the greater half is behind, or in front, where numpy's reference has it."""
     (height, width), (H, W) = size, pixels.shape[1:]
     if height > H or width > W:
-        left, top = max((width - W) // 2, 0), max((height - H) // 2, 0)
-        right, bottom = max((width - W + 1) // 2, 0), max((height - H + 1) // 2, 0)
-        pixels = pad(pixels, [left, right, top, bottom])
+        down, across = max(height - H, 0), max(width - W, 0)
+        top, left = ((n + more_in_front) // 2 for n in (down, across))
+        pixels = pad(pixels, [left, across - left, top, down - top])
         H, W = pixels.shape[1:]
     top, left = int((H - height) / 2.0), int((W - width) / 2.0)
     return pixels[:, top : top + height, left : left + width]

@@ -97,7 +97,7 @@ class Embeddings(nn.Module):
         super().__init__()
         D, patch = config.hidden_size, config.patch_size
         if config.class_token:
-            self.class_embedding = nn.Parameter(torch.zeros(D))
+            self.class_embedding = nn.Parameter(torch.zeros(D, dtype=torch.get_default_dtype()))
         self.patch_embedding = nn.Conv2d(3, D, patch, patch, bias=not config.class_token)
         self.position_embedding = Embedding(config.patches + config.class_token, D)
         self.class_token = config.class_token
@@ -230,14 +230,3 @@ class VisionTransformer(nn.Module):
                 f"vision_feature_layer={layer}; this tower has {-count - 1} to {count}"
             )
         return depth
-
-
-class VisionTower(nn.Module):
-    """The name checkpoints put in front: `vision_tower.vision_model.*`."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.vision_model = VisionTransformer(config)
-
-    def forward(self, pixels: Tensor, feature_layers: Sequence[int]) -> Tensor:
-        return self.vision_model(pixels, feature_layers)

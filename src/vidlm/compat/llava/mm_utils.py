@@ -24,7 +24,7 @@ def tokenizer_image_token(
     for number, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         ids += [image_token_index] if number else []
         ids += tokenizer.encode(piece, add_special_tokens=not number) if piece else []
-    return torch.tensor(ids) if return_tensors == "pt" else ids
+    return torch.tensor(ids, dtype=torch.int64, device="cpu") if return_tensors == "pt" else ids
 
 
 def get_model_name_from_path(model_path: str) -> str:
