@@ -56,7 +56,7 @@ def encode(
     if not marks:
         return tokenizer.encode(text, add_special_tokens)
     backend = tokenizer.backend
-    free = _private({*text, *marks.values()})
+    free = _private({*text, *marks, *marks.values()})  # the text may be a part of the marked one
     text, tokens = _stand_ins(text, tokenizer, free)
     for char, typed in marks.items():
         text = text.replace(char, typed)
