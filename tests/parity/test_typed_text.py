@@ -68,6 +68,14 @@ def test_questions_and_system_prompts(lm: vidlm.LM, video: vidlm.VideoHandle, to
     assert answer.usage.media_tokens == sum(item.tokens for item in video.media)
 
 
+@pytest.mark.parametrize("question", ["A", "im", "<", "| end", "vid eo", "s>"])
+def test_parts_of_control_tokens(lm: vidlm.LM, video: vidlm.VideoHandle, question: str) -> None:
+    """A template could complete them, so they are marked; their ids are those of any text."""
+    parts = [*video.parts, {"type": "text", "text": question}]
+    text = lm.processor.render([{"role": "user", "content": parts}])
+    assert video.prompt(question).ids == lm.processor.prompt(text, video.media).ids
+
+
 def test_turns_of_a_chat(lm: vidlm.LM, video: vidlm.VideoHandle) -> None:
     """Answers that have such words in them, too: what was said before is text, and is shared."""
     chat = lm.chat(video, max_tokens=3)

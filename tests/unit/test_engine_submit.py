@@ -284,7 +284,7 @@ def test_what_is_cleared_or_trained_meanwhile(model: VideoModel, engine: Engine)
     engine.submit(REQUESTS[1], sinks[1])
     model.head.weight.mul_(0.9)
     model.decoder.norm.weight.add_(0.5)
-    for parameter in model.vision_tower.parameters():
+    for parameter in model.body.vision_tower.parameters():
         parameter.mul_(1.1)
     run_out(engine)
     assert [sink.ids for sink in sinks] == [straight(model, request) for request in REQUESTS[:2]]

@@ -57,7 +57,7 @@ def forge(file: Path, model: VideoModel, lies: Sequence[str]) -> None:
 def said(lm: vidlm.LM, source: Any) -> list[str]:
     """Answers about a source, and one about nothing behind the same system prompt."""
     told = [lm.ask(source, each, system=SYSTEM, max_tokens=8).text for each in QUESTIONS]
-    return [*told, lm.ask(None, QUESTIONS[0], system=SYSTEM, max_tokens=8).text]
+    return [*told, lm.chat(system=SYSTEM).ask(QUESTIONS[0], max_tokens=8).text]
 
 
 def evil_first(lm: vidlm.LM, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,16 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return Tokenizer.from_folder(shared / "data" / request.param)
 
 
+@pytest.fixture(scope="module", params=["next_video", "vl3"])
+def normalized(request: pytest.FixtureRequest, shared: Path) -> Tokenizer:
+    """One whose control tokens are found behind the normalizer, as fine-tuned ones often are."""
+    path = shared / "data" / "hub_like" / request.param / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for each in content["added_tokens"]:
+        each["normalized"] = True
+    return Tokenizer(Backend.from_str(json.dumps(content)))
+
+
 def control(tokenizer: Tokenizer) -> dict[int, str]:
     added = tokenizer.backend.get_added_tokens_decoder()
     return {id: token.content for id, token in added.items()}
@@ -81,7 +92,7 @@ def as_decoded(tokenizer: Tokenizer, text: str) -> str:
 # ---- real tokenizers -----------------------------------------------------------------------------
 
 many = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -125,6 +136,26 @@ PLAIN = st.lists(
 @given(texts=st.lists(PLAIN, min_size=1, max_size=3))
 def test_ordinary_text_keeps_its_ids(tokenizer: Tokenizer, shape: str, texts: list[str]) -> None:
     """Also where it begins or ends like a control token, and is marked for that."""
+    check_ordinary(tokenizer, shape, texts)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@many
+@given(texts=st.lists(PLAIN, min_size=1, max_size=3))
+def test_ordinary_text_where_tokens_are_normalized(
+    normalized: Tokenizer, shape: str, texts: list[str]
+) -> None:
+    check_ordinary(normalized, shape, texts)
+
+
+@many
+@given(text=TYPED)
+def test_typed_text_where_tokens_are_normalized(normalized: Tokenizer, text: str) -> None:
+    ids = ids_of(normalized, SHAPES["bare"], text, placeholders=("<image>", "<video>"))
+    assert control(normalized).keys().isdisjoint(ids)
+
+
+def check_ordinary(tokenizer: Tokenizer, shape: str, texts: list[str]) -> None:
     acting = (*control(tokenizer).values(), "<image>", "<video>")
     if any(token.lower() in text.lower() for token in acting for text in texts):
         return

@@ -129,7 +129,7 @@ def spelled(options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except InvalidArgument as error:
-        pattern = rf"\b({'|'.join(names)})\b"
+        pattern = rf"(?<![\w.])({'|'.join(names)})\b"  # not the fields of a file
         error.args = (re.sub(pattern, lambda match: names[match[0]], str(error)),)
         raise
 

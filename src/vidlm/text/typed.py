@@ -11,7 +11,6 @@ Text without control tokens has no marks, and its prompt is encoded like any oth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,28 +56,38 @@ def encode(
     if not marks:
         return tokenizer.encode(text, add_special_tokens)
     backend = tokenizer.backend
+    free = _private({*text, *marks, *marks.values()})  # the text may be a part of the marked one
+    text, tokens = _stand_ins(text, tokenizer, free)
+    for char, typed in marks.items():
+        text = text.replace(char, typed)
     added = backend.get_added_tokens_decoder()
-    free = _private({*text, *marks.values()})
+    ids = {char: id for id, char in tokens.items()}
+    control = {id for id in _control_tokens(backend) if id != tokenizer.unk_token_id}
     plain = Backend(backend.model)  # shares the vocabulary, has none of the added tokens
     plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     plain.post_processor = backend.post_processor
-    stand_ins: dict[str, tuple[str, int]] = {}  # a token's text -> the character in its place
-    for id, token in added.items():
-        if not token.content.strip():
-            plain.add_tokens([token])
-        elif token.content in text:
-            stand_ins[token.content] = next(free), id
-            plain.add_tokens([_stand_in(token, stand_ins[token.content][0])])
-    if stand_ins:
-        flags = {token.content: token for token in added.values()}
-        longest_first = sorted(stand_ins, key=len, reverse=True)
-        pattern = "|".join(_pattern(flags[content]) for content in longest_first)
-        text = re.sub(pattern, lambda match: stand_ins[match[0]][0], text)
-    for char, typed in marks.items():
-        text = text.replace(char, typed)
-    ids = dict(stand_ins.values())
-    control = {id for id in _control_tokens(backend) if id != tokenizer.unk_token_id}
+    plain.add_tokens([token for token in added.values() if not token.content.strip()])
+    plain.add_tokens([_stand_in(added[id], char) for id, char in tokens.items()])
     return _encode_plain(plain, text, add_special_tokens, ids, control, next(free))
+
+
+def _stand_ins(text: str, tokenizer: Tokenizer, free: Iterator[str]) -> tuple[str, dict[int, str]]:
+    """`text` with a private character for each token that acts in it, by the token's id."""
+    control = _control_tokens(tokenizer.backend)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    chars: dict[int, str] = {}
+    pieces, end = [], 0
+    for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        span = text[start:stop]
+        content = span.strip()  # some tokens take the space around them
+        if id not in control or (id == tokenizer.unk_token_id and content != control[id]):
+            continue
+        if id not in chars:
+            chars[id] = next(free)
+        before, after = span[: len(span) - len(span.lstrip())], span[len(span.rstrip()) :]
+        pieces += [text[end:start], before, chars[id], after]
+        end = stop
+    return "".join([*pieces, text[end:]]), chars
 
 
 def _encode_plain(
@@ -95,31 +104,29 @@ def _encode_plain(
     those are cut in two by a token that is left out of the ids.
     """
     plain.add_tokens([AddedToken(cut, normalized=False)])
+    known = {*stand_ins, cut}
     while True:
         encoding = plain.encode(text, add_special_tokens=add_special_tokens)
-        tokens = [token.strip() for token in encoding.tokens]  # with the space a stand-in took
-        spans = zip(encoding.ids, tokens, encoding.offsets, strict=True)
+        # A token's text may begin or end with space that it took.
+        acting = [next(filter(known.__contains__, token), None) for token in encoding.tokens]
+        spans = zip(encoding.ids, acting, encoding.offsets, strict=True)
         words = [
             start
-            for id, token, (start, end) in spans
-            if id in control and token not in stand_ins and token != cut and end - start > 1
+            for id, char, (start, stop) in spans
+            if char is None and id in control and stop - start > 1
         ]
         if not words:
             break
         for start in sorted(words, reverse=True):
             text = text[: start + 1] + cut + text[start + 1 :]
-    pairs = zip(encoding.ids, tokens, strict=True)
-    return [stand_ins.get(token, id) for id, token in pairs if token != cut]
+    pairs = zip(encoding.ids, acting, strict=True)
+    return [id if char is None else stand_ins[char] for id, char in pairs if char != cut]
 
 
 def _stand_in(token: AddedToken, char: str) -> AddedToken:
-    """A character in the place of `token`, which strips the space around it as that does."""
-    return AddedToken(char, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
-
-
-def _pattern(token: AddedToken) -> str:
-    content = re.escape(token.content)
-    return rf"(?<!\w){content}(?!\w)" if token.single_word else content
+    """A character in the place of `token`, which is found as that is."""
+    flags = {"normalized": token.normalized, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    return AddedToken(char, **flags)
 
 
 class _Marker:
