@@ -117,7 +117,7 @@ OTHERS: list[tuple[list[str], int, str]] = [
     (
         ["index", "clip.mp4", "-o", "text.mp4/x.safetensors", *M],
         1,
-        "text.mp4 could not be written (a file",
+        "text.mp4 could not be made (a file",
     ),
     (["index", "-", *M], 2, "give one with --output"),
     (["info", "./no-model", "--video", "text.mp4"], 1, "text.mp4: text, not a video"),
@@ -131,7 +131,8 @@ OTHERS: list[tuple[list[str], int, str]] = [
     (["frames", "clip.mp4", "-o", "x.jpg"], 2, "name it x.png"),
     (["frames", "clip.mp4", "imgs", "-o", "-"], 2, "give one video"),
     (["frames", "clip.mp4", "clip.mp4"], 2, "two of the sheets would be one file"),
-    (["frames", "clip.mp4", "-o", "text.mp4/x.png"], 1, "text.mp4 could not be written (a file"),
+    (["frames", "clip.mp4", "-o", "text.mp4/x.png"], 1, "text.mp4 could not be made (a file"),
+    (["frames", "clip.mp4", "-o", "nodir/x.png", *M], 1, "the folder nodir does not exist"),
     (["frames", "clip.mp4", *M], 1, "model './no-model': no such folder"),
     (["demo", "--out", "text.mp4"], 1, "text.mp4 could not be made (a file of that name"),
     (["demo", "--out", "text.mp4/x"], 1, "text.mp4/x could not be made (a file"),

@@ -83,7 +83,8 @@ def check_writable(folder: Path) -> None:
     which may not be there yet."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise output_error(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        blocked = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise output_error(folder, blocked, "made")
     if not os.access(there, os.W_OK | os.X_OK):
         raise output_error(there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 

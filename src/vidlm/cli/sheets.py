@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from vidlm.cli.options import FRAMES, Frames
 from vidlm.cli.progress import Progress, printable
 from vidlm.cli.sources import STDIN, check_sources, chosen_frames, file_stem, is_saved, take
 from vidlm.errors import InvalidArgument
-from vidlm.files import make_folder, write_bytes
+from vidlm.files import make_folder, output_error, write_bytes
 
 if TYPE_CHECKING:
     from vidlm.hf import ProcessorMixin
@@ -33,9 +35,7 @@ def frames(given: Frames) -> None:
     targets = _targets(given)
     with Progress(quiet=False) as progress:
         videos = take(given.videos, given, keywords, progress)
-        for target in targets:
-            if target != STDOUT:
-                check_writable(target.parent)
+        _check_places(targets)
         processor = None if given.model is None else _processor(given.model, progress)
         for source, taken, target in zip(given.videos, videos, targets, strict=True):
             progress.now(f"reading {source}")
@@ -86,6 +86,16 @@ def _targets(given: Frames) -> list[Path]:
             "by one, each with an --output of its own"
         )
     return targets
+
+
+def _check_places(targets: list[Path]) -> None:
+    """Raises OutputError where a sheet could not be written. The folder of several is made."""
+    for target in targets:
+        if target != STDOUT:
+            check_writable(target.parent)
+            if len(targets) == 1 and not target.parent.exists():
+                missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                raise output_error(target, missing)
 
 
 def _processor(name: str, progress: Progress) -> ProcessorMixin:
