@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Limits
+from vidlm.media.pyav import open_input
 
 # Frame threads multiply a decoder's memory, and a server decodes several clips at a time.
 _THREADS = 2
@@ -127,7 +128,7 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
     _check_size(file, name, limits)
     try:
         file.seek(0)
-        container = av.open(file, "r", options=options, metadata_errors="replace")
+        container = open_input(file, options)
     except _READ_ERRORS as error:
         raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:

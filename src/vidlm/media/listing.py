@@ -24,6 +24,7 @@ from vidlm.errors import MediaError
 from vidlm.media.clip import Timeline, clock
 from vidlm.media.container import Reader, hint
 from vidlm.media.mp4 import sample_table
+from vidlm.media.pyav import fraction
 
 Stamps = NDArray[np.int64]
 
@@ -78,7 +79,7 @@ def list_table(reader: Reader, file: BinaryIO) -> Index | None:
         return None
     timeline = _timeline(reader.stream, ticks, int(table.durations[order[-1]]), flags[order] & _KEY)
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
-    return Index(timeline, ticks, reader.stream.sample_aspect_ratio)
+    return Index(timeline, ticks, fraction(reader.stream.sample_aspect_ratio))
 
 
 _KEY = 1  # AVINDEX_KEYFRAME; the other flag marks what an edit list cuts
@@ -123,7 +124,7 @@ def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
     timeline = _timeline(reader.stream, ticks, lengths[order[-1]], np.asarray(keys)[order])
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
     losses = tuple(_cut_off(reader.stream, timeline, reader.faults))
-    return Index(timeline, ticks, reader.stream.sample_aspect_ratio, losses)
+    return Index(timeline, ticks, fraction(reader.stream.sample_aspect_ratio), losses)
 
 
 def _cut_off(stream: VideoStream, timeline: Timeline, faults: list[str]) -> Iterator[str]:
@@ -176,7 +177,7 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
     timeline = _timeline(stream, ticks, 0, np.asarray(keys))
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
     losses += _cut_off(stream, timeline, [])
-    return Index(timeline, None, stream.sample_aspect_ratio, tuple(losses), tuple(notes))
+    return Index(timeline, None, fraction(stream.sample_aspect_ratio), tuple(losses), tuple(notes))
 
 
 def _timeline(stream: VideoStream, ticks: Stamps, last_length: int, keys: NDArray[Any]) -> Timeline:
@@ -200,12 +201,12 @@ def _timeline(stream: VideoStream, ticks: Stamps, last_length: int, keys: NDArra
 
 
 def _time_base(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, 1000)
+    return fraction(stream.time_base) or Fraction(1, 1000)
 
 
 def _guessed_step(stream: VideoStream) -> int:
     """Ticks from frame to frame by the header's rate, or 25 a second where it has none."""
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    rate = fraction(stream.average_rate) or fraction(stream.guessed_rate) or Fraction(25)
     return max(round(1 / (rate * _time_base(stream))), 1)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from typing import cast
 
 import numpy as np
 from av.filter import Graph
-from av.sidedata.sidedata import SideData, Type
+from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from PIL import Image
 
 from vidlm.media.clip import Frames
+from vidlm.media.pyav import side_data
 from vidlm.media.scene import SIDE
 
 Scale = Callable[[int, int], tuple[int, int]]
@@ -102,7 +103,7 @@ def upright(picture: Frames, matrix: Matrix) -> Frames:
 
 def _display_matrix(frame: VideoFrame) -> Matrix:
     try:
-        items = list(cast(Iterable[SideData], frame.side_data))
+        items = side_data(frame)
     except ValueError:  # PyAV lists none where it does not know one (EXIF); a turn it tells apart
         return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
     for item in items:
