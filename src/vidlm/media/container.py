@@ -6,9 +6,12 @@ import codecs
 import os
 from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import BinaryIO, cast
 
 import av
+from av.codec.codec import UnknownCodecError
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
@@ -18,7 +21,9 @@ from av.video.stream import VideoStream
 
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Limits
-from vidlm.media.pyav import open_input
+from vidlm.media.mjpeg import is_sequence
+from vidlm.media.pyav import fraction, open_input
+from vidlm.media.tracks import Presentation, check_complete, track_of
 
 # Frame threads multiply a decoder's memory, and a server decodes several clips at a time.
 _THREADS = 2
@@ -31,8 +36,9 @@ _LARGE = 2048 * 1152
 # (hls, dash, concat, sdp ...) are not among them; FFmpeg checks this before a demuxer starts.
 _FORMATS = (
     "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,gif,apng,mxf,nut,rm,wtv,dv,gxf,nsv,ivf,obu,"
-    "h264,hevc,vvc,m4v,mpegvideo,vc1,h263,h261,yuv4mpegpipe"
+    "h264,hevc,vvc,m4v,mpegvideo,vc1,h263,h261,yuv4mpegpipe,mjpeg"
 )
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # No protocol bears this name: nothing can be opened from inside a file.
 _PROTOCOLS = "none"
 
@@ -43,11 +49,21 @@ _READ_ERRORS = (av.FFmpegError, OSError, ValueError)
 class Reader:
     """The video stream of an open container: its packets, its pictures, its key frames.
 
-    faults: what the demuxer or the decoder refused so far, in its words.
+    codec: what decodes it. presentation: how its pictures are shown. faults: what the demuxer or
+    the decoder refused so far, in its words.
     """
 
-    def __init__(self, stream: VideoStream, name: str, limits: Limits, deadline: Deadline) -> None:
-        self.stream, self.name, self.limits = stream, name, limits
+    def __init__(
+        self,
+        stream: VideoStream,
+        codec: VideoCodecContext,
+        presentation: Presentation,
+        name: str,
+        limits: Limits,
+        deadline: Deadline,
+    ) -> None:
+        self.stream, self.codec, self.presentation = stream, codec, presentation
+        self.name, self.limits = name, limits
         self.faults: list[str] = []
         self._deadline = deadline
         self._packets: Iterator[Packet[VideoStream]] = iter(())
@@ -83,7 +99,7 @@ class Reader:
 
     def pictures(self, packet: Packet[VideoStream]) -> list[VideoFrame]:
         try:
-            return self.stream.codec_context.decode(packet)
+            return self.codec.decode(packet)
         except (av.FFmpegError, ValueError) as error:
             self.faults.append(_reason(error))
             return []
@@ -96,7 +112,7 @@ class Reader:
         With `wanted`, stamps: behind the first `whole` packets, pictures that no other refers to
         are decoded only where they are wanted. That changes no other picture.
         """
-        codec = self.stream.codec_context
+        codec = self.codec
         for number, packet in enumerate(self.packets()):
             skips = wanted is not None and number >= whole and packet.pts not in wanted
             if skips != (codec.skip_frame == "NONREF"):
@@ -108,6 +124,7 @@ class Reader:
         the reader is cannot be told."""
         try:
             self.container.seek(stamp, stream=self.stream)
+            self.codec.flush_buffers()
             self._demux()
             first = next(self._packets, None)
         except (*_READ_ERRORS, IndexError):  # see `packets`
@@ -128,19 +145,69 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
     _check_size(file, name, limits)
     try:
         file.seek(0)
-        container = open_input(file, options)
+        check_complete(file, file.read(16), name)
+        series = is_sequence(file)
+        file.seek(0)
+        container = open_input(file, options, "mjpeg" if series else None)
+    except MediaError:  # a ValueError too, but ours already
+        raise
     except _READ_ERRORS as error:
         raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:
         stream = _video_stream(container, name)
         limits.check(name, 1, stream.codec_context.height, stream.codec_context.width)
-        stream.codec_context.options = {"max_pixels": str(limits.pixels)}  # the header may lie
-        _set_threads(stream.codec_context)
-        yield Reader(stream, name, limits, deadline)
+        presentation, codec = _presentation(file, stream, name), _codec(stream)
+        if codec is None:
+            codec = stream.codec_context
+            without = "no decoder here reads its transparency: the colours below it show"
+            presentation = replace(presentation, notes=(*presentation.notes, without))
+        elif codec is not stream.codec_context:
+            presentation = replace(presentation, follows_frames=False)
+        codec.options = {"max_pixels": str(limits.pixels)}  # the header may lie
+        _set_threads(codec, stream.codec_context)
+        yield Reader(stream, codec, presentation, name, limits, deadline)
 
 
-def _set_threads(codec: VideoCodecContext) -> None:
-    pixels = codec.height * codec.width
+def _presentation(file: BinaryIO, stream: VideoStream, name: str) -> Presentation:
+    """How the container wants the pictures to be shown. Raises MediaError for encrypted ones."""
+    container = stream.container
+    ordinal = container.streams.video.index(stream)
+    track = track_of(file, container.format.name, stream.id, ordinal)
+    if track.encryption:
+        raise MediaError(
+            f"{name}: its video is encrypted ({track.encryption}); decrypt it with the tool and "
+            "the key of whoever owns it, or ask them for a clear copy"
+        )
+    aspect = fraction(stream.sample_aspect_ratio)
+    # Where the container has an aspect of its own, that counts; else each frame's does.
+    follows = not track.has_aspect and aspect == fraction(stream.codec_context.sample_aspect_ratio)
+    notes: tuple[str, ...] = ()
+    if container.format.name == "mjpeg":
+        notes = ("JPEGs in a row carry no times of their own; 25 a second is assumed",)
+    return Presentation(aspect, track.crop, follows, notes)
+
+
+def _codec(stream: VideoStream) -> VideoCodecContext | None:
+    """The decoder to use; None where only one is left that does not see the transparency.
+
+    FFmpeg's own decoders of VP8 and VP9 do not know the alpha that WebM keeps beside a picture.
+    """
+    metadata = {key.lower(): value for key, value in stream.metadata.items()}
+    name = _ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or metadata.get("alpha_mode") != "1":
+        return stream.codec_context
+    try:
+        codec = CodecContext.create(name, "r")
+    except UnknownCodecError:
+        return None
+    assert isinstance(codec, VideoCodecContext)
+    codec.extradata = stream.codec_context.extradata
+    return codec
+
+
+def _set_threads(codec: VideoCodecContext, declared: VideoCodecContext) -> None:
+    """`declared` has the size that the header gives."""
+    pixels = declared.height * declared.width
     small = pixels <= (_SMALL_AV1 if "av1" in codec.name else _SMALL)
     codec.thread_type = "SLICE" if pixels > _LARGE else "AUTO"
     codec.thread_count = 1 if small else _THREADS
@@ -161,7 +228,7 @@ def _why_unreadable(file: BinaryIO, error: Exception) -> str:
     except (OSError, ValueError):
         return f"cannot be read ({_reason(error)}); check the file and where it lies"
     if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
-        return "a still image, or several in a row; give images in a list: load_video([path])"
+        return "a still image; give images in a list: load_video([path])"
     if head[4:8] == b"ftyp":
         return (
             "an MP4 without its index (moov): it was cut off, is damaged or is still being "

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from vidlm.errors import MediaError
 from vidlm.media.clip import Timeline, clock
 from vidlm.media.container import Reader, hint
+from vidlm.media.gif import as_browsers_show
 from vidlm.media.mp4 import sample_table
 from vidlm.media.pyav import fraction
+from vidlm.media.tracks import Presentation
 
 Stamps = NDArray[np.int64]
 
@@ -33,13 +35,13 @@ Stamps = NDArray[np.int64]
 class Index:
     """The frames a player shows.
 
-    stamps: theirs, ascending; None where frames go by count. pixel_aspect: width over height.
+    stamps: theirs, ascending; None where frames go by count. presentation: crop and pixel aspect.
     losses: signs of damage. notes: what had to be assumed.
     """
 
     timeline: Timeline
     stamps: Stamps | None
-    pixel_aspect: Fraction | None
+    presentation: Presentation
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -79,7 +81,7 @@ def list_table(reader: Reader, file: BinaryIO) -> Index | None:
         return None
     timeline = _timeline(reader.stream, ticks, int(table.durations[order[-1]]), flags[order] & _KEY)
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
-    return Index(timeline, ticks, fraction(reader.stream.sample_aspect_ratio))
+    return Index(timeline, ticks, reader.presentation)
 
 
 _KEY = 1  # AVINDEX_KEYFRAME; the other flag marks what an edit list cuts
@@ -124,7 +126,7 @@ def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
     timeline = _timeline(reader.stream, ticks, lengths[order[-1]], np.asarray(keys)[order])
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
     losses = tuple(_cut_off(reader.stream, timeline, reader.faults))
-    return Index(timeline, ticks, fraction(reader.stream.sample_aspect_ratio), losses)
+    return Index(timeline, ticks, reader.presentation, losses)
 
 
 def _cut_off(stream: VideoStream, timeline: Timeline, faults: list[str]) -> Iterator[str]:
@@ -177,13 +179,15 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
     timeline = _timeline(stream, ticks, 0, np.asarray(keys))
     reader.limits.check_length(reader.name, len(ticks), timeline.stop)
     losses += _cut_off(stream, timeline, [])
-    return Index(timeline, None, fraction(stream.sample_aspect_ratio), tuple(losses), tuple(notes))
+    return Index(timeline, None, reader.presentation, tuple(losses), tuple(notes))
 
 
 def _timeline(stream: VideoStream, ticks: Stamps, last_length: int, keys: NDArray[Any]) -> Timeline:
     """Stamps as seconds on the player's clock, which begins with the container; and the key
     frames, where `keys` is not 0."""
     base = _time_base(stream)
+    if stream.codec_context.name == "gif":
+        ticks, last_length = as_browsers_show(ticks, last_length)
     first = int(ticks[0]) * base
     assert isinstance(stream.container, InputContainer)
     began = stream.container.start_time  # microseconds, rounded

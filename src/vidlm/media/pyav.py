@@ -29,7 +29,9 @@ def open_input(
     file: BinaryIO, options: dict[str, str], format_name: str | None = None
 ) -> InputContainer:
     """An open container; `format_name` skips FFmpeg's guess at the format."""
-    return av.open(file, "r", format=format_name, options=options, **_TEXT)
+    container = av.open(file, "r", format=format_name, options=options, **_TEXT)
+    assert isinstance(container, InputContainer)
+    return container
 
 
 def fraction(value: _Rational | None) -> Fraction | None:

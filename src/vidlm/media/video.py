@@ -13,8 +13,10 @@ from vidlm.errors import MediaError
 from vidlm.media import decode, stills
 from vidlm.media.clip import DEFAULT_LIMITS, Limits, ReadOptions, Video
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.folder import pictures
+from vidlm.media.heif import is_still
 from vidlm.media.policy import FramePolicy
-from vidlm.media.source import Source, opened, pictures
+from vidlm.media.source import Source, opened
 
 __all__ = [
     "Limits",
@@ -81,6 +83,8 @@ def load_video(
         head = _head(file, name)
         if stills.is_webp(head):
             return stills.from_webp(file, name, options)
+        if is_still(file):
+            return stills.from_still(file, name, options)
         return decode.read(file, name, options)
 
 
