@@ -38,7 +38,9 @@ _FORMATS = (
     "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,gif,apng,mxf,nut,rm,wtv,dv,gxf,nsv,ivf,obu,"
     "h264,hevc,vvc,m4v,mpegvideo,vc1,h263,h261,yuv4mpegpipe,mjpeg"
 )
+_NO_ALPHA = "no decoder here reads its transparency: the colours below it show"
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_NO_VIDEO = Disposition.attached_pic | Disposition.dependent  # covers, and tiles of a picture
 # No protocol bears this name: nothing can be opened from inside a file.
 _PROTOCOLS = "none"
 
@@ -159,8 +161,7 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
         presentation, codec = _presentation(file, stream, name), _codec(stream)
         if codec is None:
             codec = stream.codec_context
-            without = "no decoder here reads its transparency: the colours below it show"
-            presentation = replace(presentation, notes=(*presentation.notes, without))
+            presentation = replace(presentation, notes=(*presentation.notes, _NO_ALPHA))
         elif codec is not stream.codec_context:
             presentation = replace(presentation, follows_frames=False)
         codec.options = {"max_pixels": str(limits.pixels)}  # the header may lie
@@ -172,7 +173,10 @@ def _presentation(file: BinaryIO, stream: VideoStream, name: str) -> Presentatio
     """How the container wants the pictures to be shown. Raises MediaError for encrypted ones."""
     container = stream.container
     ordinal = container.streams.video.index(stream)
-    track = track_of(file, container.format.name, stream.id, ordinal)
+    try:
+        track = track_of(file, container.format.name, stream.id, ordinal)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     if track.encryption:
         raise MediaError(
             f"{name}: its video is encrypted ({track.encryption}); decrypt it with the tool and "
@@ -184,6 +188,8 @@ def _presentation(file: BinaryIO, stream: VideoStream, name: str) -> Presentatio
     notes: tuple[str, ...] = ()
     if container.format.name == "mjpeg":
         notes = ("JPEGs in a row carry no times of their own; 25 a second is assumed",)
+    if track.has_alpha_beside:
+        notes = (_NO_ALPHA,)
     return Presentation(aspect, track.crop, follows, notes)
 
 
@@ -256,7 +262,12 @@ def _is_text(head: bytes) -> bool:
 def _video_stream(container: InputContainer, name: str) -> VideoStream:
     """The stream a player shows: FFmpeg's best one, but never a cover picture."""
     pictures = container.streams.video
-    streams = [s for s in pictures if not s.disposition & Disposition.attached_pic]
+    streams = [s for s in pictures if not s.disposition & _NO_VIDEO]
+    if pictures and all(s.disposition & Disposition.dependent for s in pictures):
+        raise MediaError(
+            f"{name}: a picture in {len(pictures)} tiles of a form that vidlm does not put "
+            "together; save it as JPEG or PNG"
+        )
     if not streams:
         kinds = {"a cover picture" if s in pictures else s.type for s in container.streams}
         raise MediaError(

@@ -20,7 +20,7 @@ from PIL import Image
 from vidlm.errors import MediaError
 from vidlm.media import boxes
 from vidlm.media.boxes import Cursor
-from vidlm.media.clip import Frames, Limits
+from vidlm.media.clip import Deadline, Frames, Limits
 from vidlm.media.picture import Painter, resized, unconvertible
 from vidlm.media.pillow import to_rgb
 from vidlm.media.tracks import aperture
@@ -28,8 +28,16 @@ from vidlm.media.tracks import aperture
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2", b"avif", b"miaf")
 _MOST_META = 16 << 20  # bytes of a `meta` box
 _MOST_DEPTH = 4  # of pictures made of pictures
-_CODED = {b"av01": (b"av1C", ("libdav1d", "av1")), b"hvc1": (b"hvcC", ("hevc",))}
+# Types of coded items: the property that a decoder begins with, and FFmpeg's names of decoders.
+_CODED = {
+    b"av01": (b"av1C", ("libdav1d", "av1")),
+    b"hvc1": (b"hvcC", ("hevc",)),
+    b"avc1": (b"avcC", ("h264",)),
+    b"vvc1": (b"vvcC", ("vvc",)),
+    b"jpeg": (b"", ("mjpeg",)),
+}
 _ALPHA = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha", b"urn:mpeg:hevc:2015:auxid:1")
+_TRANSFORMS = (b"clap", b"irot", b"imir")
 _FULL_RANGE, _LIMITED_RANGE = 2, 1  # AVColorRange
 
 
@@ -50,6 +58,11 @@ class _Item:
 
 def is_still(file: BinaryIO) -> bool:
     """Whether a file is a HEIF image and no sequence of them."""
+    return has_still(file) and boxes.find(file, boxes.whole(file), b"moov") is None
+
+
+def has_still(file: BinaryIO) -> bool:
+    """Whether a file is a HEIF image, or a sequence with one beside it."""
     file.seek(0)
     head = file.read(512)
     if head[4:8] != b"ftyp":
@@ -57,8 +70,13 @@ def is_still(file: BinaryIO) -> bool:
     brands = head[8 : min(int.from_bytes(head[:4], "big"), len(head))]
     if not any(brands[at : at + 4] in _BRANDS for at in range(0, len(brands), 4)):
         return False
-    kinds = {box.kind for box in boxes.boxes(file, 0, boxes.whole(file).end)}
-    return b"meta" in kinds and b"moov" not in kinds
+    return boxes.find(file, boxes.whole(file), b"meta") is not None
+
+
+def is_cropped(file: BinaryIO) -> bool:
+    """Whether one of its pictures may have to be cropped."""
+    found = boxes.find(file, boxes.whole(file), b"meta")
+    return found is not None and b"clap" in boxes.content(file, found, _MOST_META)
 
 
 def read_heif(file: BinaryIO, name: str, limits: Limits) -> tuple[Image.Image, list[str]]:
@@ -84,6 +102,7 @@ class _Still:
     def __init__(self, file: BinaryIO, name: str, limits: Limits) -> None:
         self._file, self._name, self._limits = file, name, limits
         self._end = boxes.whole(file).end
+        self._deadline = Deadline(name, limits.seconds)
         found = boxes.find(file, boxes.whole(file), b"meta")
         data = boxes.content(file, found, _MOST_META) if found is not None else b""
         if not data:
@@ -114,6 +133,7 @@ class _Still:
 
     def paint(self, id: int, depth: int) -> Frames:
         """(H, W, 3) or with transparency (H, W, 4)."""
+        self._deadline.check()
         item = self._items.get(id)
         if item is None or depth > _MOST_DEPTH:
             raise ValueError("its pictures refer to one another without end, or to none")
@@ -128,8 +148,7 @@ class _Still:
                 f"{self._name}: an image of HEIF items of type {item.kind.decode('latin-1')!r}, "
                 "which vidlm does not put together; save it as JPEG or PNG"
             )
-        pixels = self._with_alpha(id, pixels, depth)
-        return _transformed(pixels, item.properties)
+        return self._with_alpha(id, _transformed(pixels, item.properties), depth)
 
     def _grid(self, id: int, item: _Item, depth: int) -> Frames:
         layout = Cursor(self._bytes(item))
@@ -195,8 +214,10 @@ class _Still:
         ]
         if not alphas or pixels.shape[2] == 4:
             return pixels
-        other, _ = alphas[0]
+        other, plane = alphas[0]
         alpha = self.paint(other, depth + 1)[..., :1]
+        if not any(name in _TRANSFORMS for name, _ in plane.properties):  # of its own
+            alpha = _transformed(alpha, self._items[id].properties)
         if alpha.shape[:2] != pixels.shape[:2]:
             alpha = resized(np.repeat(alpha, 3, 2), *pixels.shape[:2])[..., :1]
         if other in self._items[id].references.get(b"prem", ()):  # colours times alpha already

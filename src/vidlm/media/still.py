@@ -6,8 +6,9 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
+from vidlm.errors import MediaError, MediaLimitError
 from vidlm.media.clip import Limits
-from vidlm.media.heif import is_still, read_heif
+from vidlm.media.heif import has_still, is_cropped, read_heif
 from vidlm.media.mjpeg import is_sequence
 from vidlm.media.pillow import formats, open_image
 
@@ -15,10 +16,24 @@ from vidlm.media.pillow import formats, open_image
 def read_still(file: BinaryIO, name: str, limits: Limits) -> tuple[Image.Image, list[str]]:
     """The image of a file in its own mode, upright, and notes on what else the file holds.
 
-    Raises MediaError, or MediaLimitError before an image of too many pixels is decoded.
+    AVIF is Pillow's, as in the references, but for what Pillow does not do: crop it, or take some
+    files that others take. Raises MediaError, or MediaLimitError before an image of too many pixels
+    is decoded.
     """
-    if is_still(file) and not (_is_avif(file) and "AVIF" in formats()):
+    if not has_still(file):
+        return _by_pillow(file, name, limits)
+    file.seek(8)
+    if file.read(4) not in (b"avif", b"avis") or "AVIF" not in formats() or is_cropped(file):
         return read_heif(file, name, limits)
+    try:
+        return _by_pillow(file, name, limits)
+    except MediaLimitError:
+        raise
+    except MediaError:
+        return read_heif(file, name, limits)
+
+
+def _by_pillow(file: BinaryIO, name: str, limits: Limits) -> tuple[Image.Image, list[str]]:
     notes = []
     file.seek(0)
     if file.read(3) == b"\xff\xd8\xff" and is_sequence(file):
@@ -29,8 +44,3 @@ def read_still(file: BinaryIO, name: str, limits: Limits) -> tuple[Image.Image, 
             notes.append(f"the first of {count} pictures is taken; load_video reads animations")
             image.seek(0)
         return ImageOps.exif_transpose(image), notes
-
-
-def _is_avif(file: BinaryIO) -> bool:
-    file.seek(8)
-    return file.read(4) in (b"avif", b"avis")

@@ -1,4 +1,4 @@
-"""Clips that are not video files: arrays, lists of images, and animated WebP (FFmpeg has none)."""
+"""Clips that are not video files: arrays, images, and animations that are left to Pillow."""
 
 from __future__ import annotations
 
@@ -98,10 +98,11 @@ def is_webp(head: bytes) -> bool:
     return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
 
 
-def from_webp(file: BinaryIO, name: str, options: ReadOptions) -> Video:
-    """An animated WebP, decoded twice: once for the frames' times, once for the chosen ones."""
+def from_animation(file: BinaryIO, name: str, options: ReadOptions, form: str) -> Video:
+    """An animated WebP or AVIF (Pillow's name of the format), decoded twice: once for the frames'
+    times, once for the chosen ones."""
     limits, deadline = options.limits, Deadline(name, options.limits.seconds)
-    with reading(name), Image.open(file, formats=["WEBP"]) as image:
+    with reading(name), Image.open(file, formats=[form]) as image:
         limits.check(name, 1, image.height, image.width)
         count = getattr(image, "n_frames", 1)
         limits.check_length(name, count, 0.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -56,11 +56,13 @@ class Track:
 
     crop: what the container cuts off. has_aspect: whether it gives a pixel aspect of its own, which
     outranks the codec's. encryption: how its frames are encrypted, in words, or "".
+    has_alpha_beside: whether its transparency is in another track.
     """
 
     crop: Crop = Crop()
     has_aspect: bool = False
     encryption: str = ""
+    has_alpha_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def track_of(file: BinaryIO, format_name: str, number: int, ordinal: int) -> Tra
     try:
         names = format_name.split(",")
         if "mp4" in names:
-            return _of_mp4(file, number & 0xFFFFFFFF)
+            track = _of_mp4(file, number & 0xFFFFFFFF)
+            return replace(track, has_alpha_beside=has_alpha_track(file))
         if "matroska" in names:
             return _of_matroska(file, ordinal)
         if "mpegts" in names:
@@ -155,6 +158,18 @@ def _of_mp4(file: BinaryIO, number: int) -> Track:
             except (ValueError, struct.error, ZeroDivisionError):
                 return Track()  # FFmpeg has read it in its own way, and that counts
     return Track()
+
+
+def has_alpha_track(file: BinaryIO) -> bool:
+    """Whether an MP4 keeps transparency in a track of its own, as animated AVIF does."""
+    movie = boxes.find(file, boxes.whole(file), b"moov")
+    if movie is None:
+        return False
+    for box in boxes.boxes(file, movie.start, movie.end):
+        handler = boxes.find(file, box, b"mdia", b"hdlr") if box.kind == b"trak" else None
+        if handler is not None and boxes.content(file, handler, 4096)[8:12] == b"auxv":
+            return True
+    return False
 
 
 def _track_id(file: BinaryIO, trak: Box) -> int | None:
