@@ -41,6 +41,8 @@ _FORMATS = (
 _NO_ALPHA = "no decoder here reads its transparency: the colours below it show"
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _NO_VIDEO = Disposition.attached_pic | Disposition.dependent  # covers, and tiles of a picture
+_JPEG = b"\xff\xd8\xff"
+_STILL = "a still image; give images in a list: load_video([path])"
 # No protocol bears this name: nothing can be opened from inside a file.
 _PROTOCOLS = "none"
 
@@ -147,8 +149,11 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
     _check_size(file, name, limits)
     try:
         file.seek(0)
-        check_complete(file, file.read(16), name)
+        head = file.read(16)
+        check_complete(file, head, name)
         series = is_sequence(file)
+        if head.startswith(_JPEG) and not series:  # of which FFmpeg would show every part
+            raise MediaError(f"{name}: {_STILL}")
         file.seek(0)
         container = open_input(file, options, "mjpeg" if series else None)
     except MediaError:  # a ValueError too, but ours already
@@ -233,8 +238,8 @@ def _why_unreadable(file: BinaryIO, error: Exception) -> str:
         head = file.read(512)
     except (OSError, ValueError):
         return f"cannot be read ({_reason(error)}); check the file and where it lies"
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
-        return "a still image; give images in a list: load_video([path])"
+    if head.startswith((_JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
+        return _STILL
     if head[4:8] == b"ftyp":
         return (
             "an MP4 without its index (moov): it was cut off, is damaged or is still being "

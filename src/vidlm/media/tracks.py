@@ -29,9 +29,9 @@ _ENCRYPTED = (b"encv", b"drmi", b"p608")
 # Ids of Matroska's elements (RFC 9559).
 _TRACKS, _TRACK_ENTRY, _TRACK_TYPE, _VIDEO = 0x1654AE6B, 0xAE, 0x83, 0xE0
 _ENCODINGS, _ENCODING, _ENCODING_TYPE = 0x6D80, 0x6240, 0x5033
-_WIDTH, _HEIGHT, _DISPLAY_WIDTH = 0xB0, 0xBA, 0x54B0
+_WIDTH, _HEIGHT, _DISPLAY_WIDTH, _DISPLAY_UNIT = 0xB0, 0xBA, 0x54B0, 0x54B2
 _CROP = (0x54CC, 0x54BB, 0x54DD, 0x54AA)  # left, top, right, bottom
-_IS_VIDEO, _IS_ENCRYPTION = 1, 1
+_IS_VIDEO, _IS_ENCRYPTION, _UNKNOWN_UNIT = 1, 1, 4
 
 _TS_PACKET, _TS_LOOKED_AT = 188, 2000
 _WMV_ENCRYPTION = bytes.fromhex("fbb31122 23bdd211 b4b700a0 c955fc6e")
@@ -247,7 +247,10 @@ def _of_matroska(file: BinaryIO, ordinal: int) -> Track:
     width, height = ebml.unsigned(file, video, _WIDTH), ebml.unsigned(file, video, _HEIGHT)
     if crop.left + crop.right >= width or crop.top + crop.bottom >= height:
         crop = Crop()
-    has_aspect = ebml.find(file, video, _DISPLAY_WIDTH) is not None
+    has_aspect = (
+        ebml.find(file, video, _DISPLAY_WIDTH) is not None
+        and ebml.unsigned(file, video, _DISPLAY_UNIT) != _UNKNOWN_UNIT
+    )
     return Track(crop, has_aspect, "Matroska encryption" if encrypted else "")
 
 
