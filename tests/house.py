@@ -311,6 +311,19 @@ def prints(source: Source) -> Iterator[str]:
                 yield source.at(node, "prints; the library logs")
 
 
+def opens_any_image(source: Source) -> Iterator[str]:
+    """Pillow tries every plugin it has, and that of EPS starts Ghostscript."""
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="open", value=opener), keywords=keywords):
+                last = getattr(opener, "attr", getattr(opener, "id", ""))
+                if last == "Image" and "formats" not in {each.arg for each in keywords}:
+                    yield source.at(node, "Image.open without formats=; see media/pillow.py")
+            case ast.ImportFrom(module="PIL.Image", names=names):
+                if any(alias.name == "open" for alias in names):
+                    yield source.at(node, "takes open from PIL.Image; see media/pillow.py")
+
+
 def starts_undocumented(source: Source) -> Iterator[str]:
     if not ast.get_docstring(source.tree):
         yield f"{source.path}: does not start with a docstring"

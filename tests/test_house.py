@@ -75,6 +75,10 @@ def test_the_library_does_not_print() -> None:
     hold(house.prints, "src/vidlm")
 
 
+def test_images_are_opened_by_named_formats() -> None:
+    hold(house.opens_any_image, "src/vidlm", "benchmarks", "examples")
+
+
 def test_files_start_with_a_docstring() -> None:
     hold(house.starts_undocumented, "src/vidlm")
 
@@ -171,6 +175,9 @@ BAD = [
     (house.swallows_errors, "hub", "try:\n    x()\nexcept:\n    raise"),
     (house.swallows_errors, "hub", "with contextlib.suppress(Exception):\n    x()"),
     (house.prints, "hub", "def f():\n    print('x')"),
+    (house.opens_any_image, "hf/llava", "from PIL import Image\nImage.open(path)"),
+    (house.opens_any_image, "hf/llava", "import PIL.Image\nPIL.Image.open(path, 'r')"),
+    (house.opens_any_image, "hf/llava", "from PIL.Image import open"),
     (house.starts_undocumented, "nn/__init__", ""),
     (house.starts_undocumented, "hub", "# a comment\nimport os"),
 ]
@@ -202,6 +209,7 @@ GOOD = [
     (house.swallows_errors, "hub", SWALLOW.format("OSError", "pass")),
     (house.prints, "demo/show", "print('x')"),
     (house.prints, "cli", "print('x')"),
+    (house.opens_any_image, "hf/llava", "Image.open(path, formats=['PNG'])\nopen(path)"),
     (house.starts_undocumented, "hub", '"""Files of a checkpoint."""'),
 ]
 
