@@ -29,9 +29,20 @@ def open_input(
     file: BinaryIO, options: dict[str, str], format_name: str | None = None
 ) -> InputContainer:
     """An open container; `format_name` skips FFmpeg's guess at the format."""
-    container = av.open(file, "r", format=format_name, options=options, **_TEXT)
+    container = av.open(_Unnamed(file), "r", format=format_name, options=options, **_TEXT)
     assert isinstance(container, InputContainer)
     return container
+
+
+class _Unnamed:
+    """A file of which FFmpeg sees the bytes alone.
+
+    PyAV hands a file's `name` on, by which FFmpeg guesses the format too: it takes whatever is
+    called frame_%03d.jpg for a series of images.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def fraction(value: _Rational | None) -> Fraction | None:
