@@ -268,6 +268,16 @@ def scrambled() -> bytes:
     return bytes(data)
 
 
+def windows_media() -> bytes:
+    """A WMV with a Content Encryption Object (ASF specification, 3.14) in its header."""
+    data = muxed(FRAMES, "asf", "wmv2")
+    guid = bytes.fromhex("fbb3112223bdd211b4b700a0c955fc6e")
+    added = guid + struct.pack("<Q", 24 + 16) + bytes(16)
+    size, count = struct.unpack_from("<QI", data, 16)
+    head = data[:16] + struct.pack("<QI", size + len(added), count + 1) + data[28:size]
+    return head + added + data[size:]
+
+
 @pytest.mark.parametrize(
     ("data", "how"),
     [
@@ -290,8 +300,22 @@ def scrambled() -> bytes:
             "Matroska encryption",
         ),
         (scrambled(), "scrambled transport stream"),
+        (muxed(FRAMES, "mp4", "libx264").replace(b"avc1\0\0", b"drmi\0\0"), "FairPlay"),
+        (windows_media(), "Windows Media DRM"),
     ],
-    ids=["h264", "mpeg4", "cbcs", "cens", "cbc1", "other", "matroska", "webm", "mpegts"],
+    ids=[
+        "h264",
+        "mpeg4",
+        "cbcs",
+        "cens",
+        "cbc1",
+        "other",
+        "matroska",
+        "webm",
+        "mpegts",
+        "itunes",
+        "wmv",
+    ],
 )
 @pytest.mark.parametrize("choice", [{}, {"num_frames": 2}, {"on_error": "raise"}])
 def test_encrypted_files_are_named_as_such(data: bytes, how: str, choice: dict) -> None:

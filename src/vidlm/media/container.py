@@ -23,7 +23,7 @@ from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Limits
 from vidlm.media.mjpeg import is_sequence
 from vidlm.media.pyav import fraction, open_input
-from vidlm.media.tracks import Presentation, check_complete, track_of
+from vidlm.media.tracks import Presentation, Track, check_complete, track_of
 
 # Frame threads multiply a decoder's memory, and a server decodes several clips at a time.
 _THREADS = 2
@@ -162,8 +162,14 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
         raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:
         stream = _video_stream(container, name)
+        track = _track(file, stream, name)
+        if stream.codec_context is None:
+            raise MediaError(
+                f"{name}: PyAV has no decoder for its video stream; convert it: "
+                "ffmpeg -i INPUT -c:v libx264 output.mp4"
+            )
         limits.check(name, 1, stream.codec_context.height, stream.codec_context.width)
-        presentation, codec = _presentation(file, stream, name), _codec(stream)
+        presentation, codec = _presentation(stream, track), _codec(stream)
         if codec is None:
             codec = stream.codec_context
             presentation = replace(presentation, notes=(*presentation.notes, _NO_ALPHA))
@@ -174,8 +180,8 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
         yield Reader(stream, codec, presentation, name, limits, deadline)
 
 
-def _presentation(file: BinaryIO, stream: VideoStream, name: str) -> Presentation:
-    """How the container wants the pictures to be shown. Raises MediaError for encrypted ones."""
+def _track(file: BinaryIO, stream: VideoStream, name: str) -> Track:
+    """What the header says of the stream. Raises MediaError for an encrypted one."""
     container = stream.container
     ordinal = container.streams.video.index(stream)
     try:
@@ -187,11 +193,16 @@ def _presentation(file: BinaryIO, stream: VideoStream, name: str) -> Presentatio
             f"{name}: its video is encrypted ({track.encryption}); decrypt it with the tool and "
             "the key of whoever owns it, or ask them for a clear copy"
         )
+    return track
+
+
+def _presentation(stream: VideoStream, track: Track) -> Presentation:
+    """How the container wants the pictures to be shown."""
     aspect = fraction(stream.sample_aspect_ratio)
     # Where the container has an aspect of its own, that counts; else each frame's does.
     follows = not track.has_aspect and aspect == fraction(stream.codec_context.sample_aspect_ratio)
     notes: tuple[str, ...] = ()
-    if container.format.name == "mjpeg":
+    if stream.container.format.name == "mjpeg":
         notes = ("JPEGs in a row carry no times of their own; 25 a second is assumed",)
     if track.has_alpha_beside:
         notes = (_NO_ALPHA,)
@@ -280,13 +291,7 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
             "give a file with moving pictures"
         )
     best = container.streams.best("video")
-    stream = next((s for s in streams if best is not None and s.index == best.index), streams[0])
-    if stream.codec_context is None:
-        raise MediaError(
-            f"{name}: PyAV has no decoder for its video stream; convert it: "
-            "ffmpeg -i INPUT -c:v libx264 output.mp4"
-        )
-    return stream
+    return next((s for s in streams if best is not None and s.index == best.index), streams[0])
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ _SCHEMES = {
     b"cbcs": "AES-CBC, in a pattern",
 }
 # Sample entries of encrypted tracks: Common Encryption, and iTunes' own.
-_ENCRYPTED = (b"encv", b"drmi", b"p608")
+_ENCRYPTED = (b"encv", b"drmi")
 
 # Ids of Matroska's elements (RFC 9559).
 _TRACKS, _TRACK_ENTRY, _TRACK_TYPE, _VIDEO = 0x1654AE6B, 0xAE, 0x83, 0xE0
@@ -34,6 +34,7 @@ _CROP = (0x54CC, 0x54BB, 0x54DD, 0x54AA)  # left, top, right, bottom
 _IS_VIDEO, _IS_ENCRYPTION, _UNKNOWN_UNIT = 1, 1, 4
 
 _TS_PACKET, _TS_LOOKED_AT = 188, 2000
+_MOST_WMV_HEADER = 1 << 20
 _WMV_ENCRYPTION = bytes.fromhex("fbb31122 23bdd211 b4b700a0 c955fc6e")
 
 
@@ -134,8 +135,9 @@ def track_of(file: BinaryIO, format_name: str, number: int, ordinal: int) -> Tra
         if "mpegts" in names:
             return Track(encryption="scrambled transport stream" if _scrambled(file) else "")
         if "asf" in names:
-            file.seek(0)
-            protected = _WMV_ENCRYPTION in file.read(1 << 16)
+            file.seek(16)  # behind the name of the header, its size
+            size = int.from_bytes(file.read(8), "little")
+            protected = _WMV_ENCRYPTION in file.read(min(size, _MOST_WMV_HEADER))
             return Track(encryption="Windows Media DRM" if protected else "")
         return Track()
     finally:
