@@ -84,9 +84,9 @@ def transparent(mode: str) -> Image.Image:
     """8 x 8, black on the left and clear on the right."""
     alpha = Image.new("L", (8, 8), 255)
     alpha.paste(0, (4, 0, 8, 8))
-    image = Image.new("RGB", (8, 8))
+    image = Image.new("P" if mode == "PA" else "RGB", (8, 8))
     image.putalpha(alpha)
-    return image.convert(mode)
+    return image if mode == "PA" else image.convert(mode)
 
 
 def palette() -> Image.Image:

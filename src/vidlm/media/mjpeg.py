@@ -9,7 +9,7 @@ from typing import BinaryIO
 _LOOKED_AT = 32 << 20  # bytes in which the second picture must begin
 _GAP = 4096  # between two pictures: padding, or the header of a part
 _HEADER = re.compile(rb"content-type:\s*image/jpe?g", re.IGNORECASE)
-_START = b"\xff\xd8\xff"
+_START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 # What ends the entropy-coded data of a scan: a marker that is neither a stuffed zero nor a restart.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers, which hold the size
@@ -37,12 +37,23 @@ def is_sequence(file: BinaryIO) -> bool:
         return bool(found) and _HEADER.search(before) is not None
     file.seek(0)
     data = file.read(_LOOKED_AT)
+    if not _may_go_on(data):
+        return False
     first = _jpeg(data, 0)
     if first is None or first.is_album:
         return False
     start = data.find(_START, first.end, first.end + _GAP)
     second = _jpeg(data, start) if start >= 0 else None
     return second is not None and second.size == first.size
+
+
+def _may_go_on(data: bytes) -> bool:
+    """Whether a picture may begin behind the end of another: soon told of a photograph, whose
+    thumbnail begins behind no end."""
+    at = data.find(_START, 1)
+    while at >= 0 and data.rfind(_END, max(at - _GAP, 0), at) < 0:
+        at = data.find(_START, at + 1)
+    return at >= 0
 
 
 def _jpeg(data: bytes, at: int) -> _Jpeg | None:
