@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vidlm.errors import InvalidArgument, MediaNotFound
+from vidlm.errors import InvalidArgument, MediaLimitError, MediaNotFound
 
 if TYPE_CHECKING:
     from vidlm.cli.options import Chooses
@@ -17,13 +17,18 @@ NEED_A_NUMBER = ("linspace", "slowfast")  # which is 8 unless given
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raises MediaError or InvalidArgument where there is nothing to open; URLs are not tried."""
+    """Raises MediaError or InvalidArgument where there is nothing to open.
+
+    URLs are not tried, and neither are pipes, as `<(command)`: they can be read only once.
+    """
+    from vidlm.media.source import is_pipe, is_url
+
     if sources.count(STDIN) > 1:
         raise InvalidArgument("- is stdin, which holds one video; give it once")
     for source in sources:
         if source == STDIN:
             _check_stdin()
-        elif "://" not in source and source[:5].lower() != "data:":
+        elif "://" not in source and not is_url(source) and not is_pipe(source):
             _check_file(source, alone=len(sources) == 1)
 
 
@@ -64,8 +69,29 @@ def is_saved(source: str) -> bool:
 
 
 def read(source: str) -> str | bytes:
-    """The source as the library takes it: stdin as its bytes, all else by name."""
-    return sys.stdin.buffer.read() if source == STDIN else source
+    """The source as the library takes it: stdin and pipes as their bytes, all else by name.
+
+    Raises MediaLimitError for more bytes than a FetchPolicy lets through.
+    """
+    from vidlm.media.source import is_pipe, opened
+
+    if source == STDIN:
+        return _stdin()
+    if not is_pipe(source):
+        return source
+    with opened(source) as (file, _):
+        return file.read()
+
+
+def _stdin() -> bytes:
+    from vidlm.media.fetch import MAX_BYTES
+
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise MediaLimitError(
+            f"stdin: more than {MAX_BYTES} bytes; save it to a file and give the path"
+        )
+    return data
 
 
 def _check_stdin() -> None:
