@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vidlm.weights import Renames
 
-# of a matrix: the first's number, and rows
 RUN = 128  # 64-bit words whose sum goes into a fingerprint: fewer would cost more than they tell
 
 

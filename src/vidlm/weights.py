@@ -42,7 +42,7 @@ DTYPES = {
 SINGLE = "model.safetensors"
 CHUNK = 4 << 20  # bytes at a time of what is not read straight into its place
 SHARD = 5 << 30  # bytes of one file of a saved checkpoint, as the hub does it
-TakeRows = Callable[[int, Tensor], None]
+TakeRows = Callable[[int, Tensor], None]  # of a matrix: the first row's number, and rows
 
 
 @dataclass(frozen=True)
