@@ -21,7 +21,7 @@ LAYERS = (
     ("files",),
     ("media", "download", "foreign", "hub", "text"),
     ("native",),
-    ("nn", "vision", "weights"),
+    ("nn", "vision", "weights", "fingerprint"),
     ("models", "quant"),
     ("engine",),
     ("hf", "compat"),
@@ -361,6 +361,19 @@ def is_for_writing(mode: ast.expr) -> bool:
         case ast.Constant(value=str(text)):
             return bool(text) and set(text) <= set("rwaxbt+") and bool(set(text) & set("wax"))
     return False
+
+
+def opens_any_image(source: Source) -> Iterator[str]:
+    """Pillow tries every plugin it has, and that of EPS starts Ghostscript."""
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="open", value=opener), keywords=keywords):
+                last = getattr(opener, "attr", getattr(opener, "id", ""))
+                if last == "Image" and "formats" not in {each.arg for each in keywords}:
+                    yield source.at(node, "Image.open without formats=; see media/pillow.py")
+            case ast.ImportFrom(module="PIL.Image", names=names):
+                if any(alias.name == "open" for alias in names):
+                    yield source.at(node, "takes open from PIL.Image; see media/pillow.py")
 
 
 def starts_undocumented(source: Source) -> Iterator[str]:

@@ -83,6 +83,10 @@ def test_files_are_written_whole_or_not_at_all() -> None:
     hold(house.writes_in_place, "src/vidlm")
 
 
+def test_images_are_opened_by_named_formats() -> None:
+    hold(house.opens_any_image, "src/vidlm", "benchmarks", "examples")
+
+
 def test_files_start_with_a_docstring() -> None:
     hold(house.starts_undocumented, "src/vidlm")
 
@@ -189,6 +193,9 @@ BAD = [
     (house.writes_in_place, "hf/model", "with path.open('wb') as file: pass"),
     (house.writes_in_place, "hf/model", "with open(path, mode='a') as file: pass"),
     (house.writes_in_place, "hf/model", "handle, path = tempfile.mkstemp()"),
+    (house.opens_any_image, "hf/llava", "from PIL import Image\nImage.open(path)"),
+    (house.opens_any_image, "hf/llava", "import PIL.Image\nPIL.Image.open(path, 'r')"),
+    (house.opens_any_image, "hf/llava", "from PIL.Image import open"),
     (house.starts_undocumented, "nn/__init__", ""),
     (house.starts_undocumented, "hub", "# a comment\nimport os"),
 ]
@@ -226,6 +233,7 @@ GOOD = [
     (house.leaves_dtype_to_torch, "native/ops", "def f(empty=torch.empty): return empty(3)"),
     (house.writes_in_place, "hf/model", "with path.open('rb') as file: pass\nopen('wax.mp4')"),
     (house.writes_in_place, "files", "with open(path, 'ab') as file: pass"),
+    (house.opens_any_image, "hf/llava", "Image.open(path, formats=['PNG'])\nopen(path)"),
     (house.starts_undocumented, "hub", '"""Files of a checkpoint."""'),
 ]
 

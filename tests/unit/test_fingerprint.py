@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vidlm.weights import RUN, fingerprint
+from vidlm.fingerprint import RUN, fingerprint
 
 SIZES = (1, 7, 4 * RUN, 4 * RUN + 1, 9 * RUN + 5)  # of bfloat16, four of which are a word
 

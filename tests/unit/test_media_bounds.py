@@ -133,7 +133,8 @@ HEIF = box(b"ftyp", b"avif\0\0\0\0avifmif1")
 
 
 def items(*parts: bytes) -> bytes:
-    return HEIF + table(b"meta", table(b"hdlr", u32(0), b"pict", bytes(13)), *parts)
+    handler, primary = table(b"hdlr", u32(0), b"pict", bytes(13)), table(b"pitm", b"\0\1")
+    return HEIF + table(b"meta", handler, primary, *parts)
 
 
 LYING: dict[str, Callable[[], bytes]] = {
@@ -156,8 +157,6 @@ LYING: dict[str, Callable[[], bytes]] = {
     "chunks": lambda: movie(two(table(b"co64", u32(MOST)), without=b"stco")),
     "key frames": lambda: movie(two(table(b"stss", u32(MOST)))),
     "groups": lambda: movie(two(table(b"sgpd", b"sync", u32(1, MOST), flags=1 << 24))),
-    "items": lambda: items(table(b"iinf", u32(MOST), flags=1 << 24)),
-    "places of items": lambda: items(table(b"iloc", b"\x44\0", u32(MOST), flags=2 << 24)),
 }
 
 
@@ -168,6 +167,19 @@ def test_an_mp4_that_declares_more_than_it_holds_is_not_opened(lie: str, monkeyp
     monkeypatch.setattr(av, "open", None)  # would build the tables
     with pytest.raises(MediaError, match=r"declares? \d+ \w+.* (in|of) .*\d+ bytes"):
         load_video(data)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        table(b"iinf", u32(MOST), flags=1 << 24),
+        table(b"iloc", b"\x44\0", u32(MOST), flags=2 << 24),
+    ],
+)
+def test_a_heif_that_declares_more_than_it_holds_is_not_opened(lie: bytes, monkeypatch) -> None:
+    monkeypatch.setattr(av, "open", None)
+    with pytest.raises(MediaError, match="a damaged HEIC or AVIF image"):
+        load_video(items(lie))
 
 
 @pytest.mark.parametrize("count", [5_000_001, MOST, ALL])

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from vidlm.errors import MediaFetchError, MediaLimitError
+from vidlm.media import fetch as fetching
 from vidlm.media.fetch import FetchPolicy, fetch
-from vidlm.media.http import is_public, parse
+from vidlm.media.http import Answer, is_public, parse
 from web import BODY, Web, serve
 
 
@@ -214,6 +215,36 @@ def test_a_redirect_is_checked_like_the_first_address(web: str, monkeypatch) -> 
     for there in inside:
         with pytest.raises(MediaFetchError, match="not on the public internet"):
             fetch(f"http://public.example:{port}/to/{there}")
+
+
+def test_a_redirect_from_https_to_http_is_refused() -> None:
+    """Whoever listens on the way could change what comes; the other way round is fine."""
+    for url in ("http://host/a.mp4", "HTTP://host"):
+        with pytest.raises(MediaFetchError, match="from https:// to http:// is not followed"):
+            parse("https://host/", url)
+        assert not parse("https://host/", url, allow_downgrade=True).secure
+        assert not parse("http://host/", url).secure
+    assert parse("https://host/", "//other/a.mp4").secure
+    assert parse("http://host/", "https://host/a.mp4").secure
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_policy_decides_on_redirects_to_http(allowed: bool, web: str, monkeypatch) -> None:
+    ask, asked = fetching._ask, []
+
+    def secure(target, policy, deadline):
+        asked.append(target.url)
+        if target.secure:
+            return Answer(location=f"{web}/ok")
+        return ask(target, policy, deadline)
+
+    monkeypatch.setattr(fetching, "_ask", secure)
+    if allowed:
+        assert get("https://host/", allow_downgrade=True) == BODY
+    else:
+        with pytest.raises(MediaFetchError, match="is not followed"):
+            get("https://host/")
+    assert asked == ["https://host/", f"{web}/ok"][: 1 + allowed]
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(web, server, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from vidlm.api.sources import NOTHING, Picture, Source, Sources, check_order, li
 from vidlm.engine import Engine, EngineOptions, Timings
 from vidlm.engine.store import weights_stamp
 from vidlm.errors import InvalidArgument
+from vidlm.fingerprint import fingerprint
 from vidlm.hf import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -29,7 +30,6 @@ from vidlm.hf import (
 from vidlm.hf.loading import read_load_options
 from vidlm.media import MediaReader
 from vidlm.quant import preset, scheme_of
-from vidlm.weights import fingerprint
 
 
 def load(

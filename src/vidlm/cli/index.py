@@ -99,6 +99,8 @@ def _named(output: Path) -> Path:
 
 
 def _name(source: str) -> str:
-    if source == STDIN or source[:5].lower() == "data:":
+    from vidlm.media.source import is_pipe, is_url
+
+    if source == STDIN or is_pipe(source) or (source[:5].lower() == "data:" and is_url(source)):
         raise InvalidArgument("what is piped in has no name; give one with --output")
     return file_stem(source) + SAVED

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,12 @@ class Contents(io.BytesIO):
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raises MediaError or InvalidArgument where there is nothing to open; URLs are not tried."""
+    """Raises MediaError or InvalidArgument where there is nothing to open.
+
+    URLs are not tried, and neither are pipes, as `<(command)`: they can be read only once.
+    """
+    from vidlm.media.source import is_pipe, is_url
+
     if sources.count(STDIN) > 1:
         raise InvalidArgument("- is stdin, which holds one video; give it once")
     for source in sources:
@@ -47,7 +51,7 @@ def check_sources(sources: Sequence[str]) -> None:
             raise InvalidArgument("a video is empty; give a path, a URL, or - for stdin")
         if source == STDIN:
             _check_stdin()
-        elif "://" not in source and source[:5].lower() != "data:":
+        elif "://" not in source and not is_url(source) and not is_pipe(source):
             _check_file(source, alone=len(sources) == 1)
 
 
@@ -99,7 +103,7 @@ def is_saved(source: str) -> bool:
 
 def file_stem(source: str) -> str:
     """What files made of a source are named after: "talk" for talk.mp4, "imgs" for imgs/*.png."""
-    from vidlm.media.source import is_pattern
+    from vidlm.media.folder import is_pattern
 
     url = "://" in source
     path = Path(source.partition("?")[0] if url else source)
@@ -129,29 +133,30 @@ def _taken(
 def _read_once(source: str, access: FetchPolicy, progress: Progress) -> str | Contents:
     """The contents of stdin, a pipe or a URL of the web; all else by name."""
     from vidlm.media.fetch import fetch
+    from vidlm.media.source import is_pipe, opened
 
     if source == STDIN:
         progress.now("reading stdin")
-        return _read_pipe(sys.stdin.buffer, "stdin")
+        return Contents(_stdin(), "stdin")
     if source.lower().startswith(WEB):
         progress.now("downloading")
         return Contents(fetch(source, policy=access), source)
-    if os.path.exists(source) and stat.S_ISFIFO(os.stat(source).st_mode):
+    if is_pipe(source):
         progress.now(f"reading {source}")
-        with open(source, "rb") as pipe:
-            return _read_pipe(pipe, source)
+        with opened(source, access) as (pipe, _):
+            return Contents(pipe.read(), source)
     return source
 
 
-def _read_pipe(pipe: Any, name: str) -> Contents:
+def _stdin() -> bytes:
     from vidlm.media.fetch import MAX_BYTES
 
-    data = pipe.read(MAX_BYTES + 1)
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise MediaLimitError(
-            f"{name} holds more than {MAX_BYTES >> 20} MiB; save it to a file and give its path"
+            f"stdin: more than {MAX_BYTES} bytes; save it to a file and give the path"
         )
-    return Contents(data, name)
+    return data
 
 
 def _check_saved(source: str, frames: Mapping[str, Any]) -> None:
@@ -183,10 +188,9 @@ def _check_stdin() -> None:
 
 def _check_file(source: str, alone: bool) -> None:
     from vidlm.media.fetch import DEFAULT_POLICY
-    from vidlm.media.source import opened, pictures
+    from vidlm.media.folder import pictures
+    from vidlm.media.source import opened
 
-    if os.path.exists(source) and stat.S_ISFIFO(os.stat(source).st_mode):
-        return  # opening it would take what is in it
     if pictures(source, DEFAULT_POLICY) is not None:
         return
     try:

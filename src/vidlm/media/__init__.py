@@ -1,12 +1,13 @@
 """Bytes to frames, with numpy, PyAV and PIL only: safe to import in a worker process, no torch."""
 
 from vidlm.media.fetch import FetchPolicy
-from vidlm.media.image import is_image, load_image
+from vidlm.media.folder import is_image
+from vidlm.media.image import load_image
+from vidlm.media.pillow import to_rgb
 from vidlm.media.policy import FramePolicy
 from vidlm.media.probe import probe
 from vidlm.media.reader import MediaReader
 from vidlm.media.sheet import contact_sheet
-from vidlm.media.stills import to_rgb
 from vidlm.media.video import (
     Limits,
     Source,

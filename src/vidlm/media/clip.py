@@ -22,7 +22,7 @@ Frames = NDArray[np.uint8]
 class Video:
     """Frames of a clip and when a player shows them.
 
-    frames: (F, H, W, 3) uint8 RGB, upright, in square pixels. Transparency is dropped.
+    frames: (F, H, W, 3) uint8 RGB, upright, in square pixels, on white where transparent.
     pts: (F,) seconds on the player's clock: 0 is the container's own start, which is `start_time`
         in the container's time. A first frame may come later than 0. Ascending, unless the frames
         were asked for by number or time in another order.

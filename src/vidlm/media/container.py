@@ -6,10 +6,13 @@ import codecs
 import os
 from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fractions import Fraction
 from typing import BinaryIO, cast
 
 import av
+from av.codec.codec import UnknownCodecError
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
@@ -19,6 +22,9 @@ from av.video.stream import VideoStream
 
 from vidlm.errors import MediaError
 from vidlm.media.clip import Deadline, Limits
+from vidlm.media.mjpeg import is_sequence
+from vidlm.media.pyav import fraction, open_input
+from vidlm.media.tracks import Presentation, Track, check_complete, track_of
 
 # Frame threads multiply a decoder's memory, and a server decodes several clips at a time.
 _THREADS = 2
@@ -31,8 +37,13 @@ _LARGE = 2048 * 1152
 # (hls, dash, concat, sdp ...) are not among them; FFmpeg checks this before a demuxer starts.
 _FORMATS = (
     "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,gif,apng,mxf,nut,rm,wtv,dv,gxf,nsv,ivf,obu,"
-    "h264,hevc,vvc,m4v,mpegvideo,vc1,h263,h261,yuv4mpegpipe"
+    "h264,hevc,vvc,m4v,mpegvideo,vc1,h263,h261,yuv4mpegpipe,mjpeg"
 )
+_NO_ALPHA = "no decoder here reads its transparency: the colours below it show"
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_NO_VIDEO = Disposition.attached_pic | Disposition.dependent  # covers, and tiles of a picture
+_JPEG = b"\xff\xd8\xff"
+_STILL = "a still image; give images in a list: load_video([path])"
 # No protocol bears this name: nothing can be opened from inside a file.
 _PROTOCOLS = "none"
 
@@ -43,11 +54,21 @@ _READ_ERRORS = (av.FFmpegError, OSError, ValueError)
 class Reader:
     """The video stream of an open container: its packets, its pictures, its key frames.
 
-    faults: what the demuxer or the decoder refused so far, in its words.
+    codec: what decodes it. presentation: how its pictures are shown. faults: what the demuxer or
+    the decoder refused so far, in its words.
     """
 
-    def __init__(self, stream: VideoStream, name: str, limits: Limits, deadline: Deadline) -> None:
-        self.stream, self.name, self.limits = stream, name, limits
+    def __init__(
+        self,
+        stream: VideoStream,
+        codec: VideoCodecContext,
+        presentation: Presentation,
+        name: str,
+        limits: Limits,
+        deadline: Deadline,
+    ) -> None:
+        self.stream, self.codec, self.presentation = stream, codec, presentation
+        self.name, self.limits = name, limits
         self.faults: list[str] = []
         self._deadline = deadline
         self._packets: Iterator[Packet[VideoStream]] = iter(())
@@ -87,7 +108,7 @@ class Reader:
 
     def pictures(self, packet: Packet[VideoStream]) -> list[VideoFrame]:
         try:
-            return self.stream.codec_context.decode(packet)
+            return self.codec.decode(packet)
         except (av.FFmpegError, ValueError) as error:
             self.faults.append(_reason(error))
             return []
@@ -100,7 +121,7 @@ class Reader:
         With `wanted`, stamps: behind the first `whole` packets, pictures that no other refers to
         are decoded only where they are wanted. That changes no other picture.
         """
-        codec = self.stream.codec_context
+        codec = self.codec
         for number, packet in enumerate(self.packets()):
             skips = wanted is not None and number >= whole and packet.pts not in wanted
             if skips != (codec.skip_frame == "NONREF"):
@@ -112,6 +133,7 @@ class Reader:
         the reader is cannot be told."""
         try:
             self.container.seek(stamp, stream=self.stream)
+            self.codec.flush_buffers()
             self._demux()
             first = next(self._packets, None)
         except (*_READ_ERRORS, IndexError):  # see `packets`
@@ -127,7 +149,7 @@ class Reader:
 
         Afterwards the reader stands at the end; `seek` leads back.
         """
-        base = streams[0].time_base or Fraction(1, 1000)
+        base = fraction(streams[0].time_base) or Fraction(1, 1000)
         self._begun, self._packets = True, iter(())
         try:
             self.container.seek(int(moment / base), stream=streams[0])
@@ -152,15 +174,35 @@ def opened(file: BinaryIO, name: str, limits: Limits, deadline: Deadline) -> Ite
     _check_size(file, name, limits)
     try:
         file.seek(0)
-        container = av.open(file, "r", options=options, metadata_errors="replace")
+        head = file.read(16)
+        check_complete(file, head, name)
+        series = is_sequence(file)
+        if head.startswith(_JPEG) and not series:  # of which FFmpeg would show every part
+            raise MediaError(f"{name}: {_STILL}")
+        file.seek(0)
+        container = open_input(file, options, "mjpeg" if series else None)
+    except MediaError:  # a ValueError too, but ours already
+        raise
     except _READ_ERRORS as error:
         raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
     with container:
         stream = _video_stream(container, name)
+        track = _track(file, stream, name)
+        if stream.codec_context is None:
+            raise MediaError(
+                f"{name}: PyAV has no decoder for its video stream; convert it: "
+                "ffmpeg -i INPUT -c:v libx264 output.mp4"
+            )
         limits.check(name, 1, *_picture_size(file, stream, options))
-        stream.codec_context.options = {"max_pixels": str(limits.pixels)}  # the header may lie
-        _set_threads(stream.codec_context)
-        yield Reader(stream, name, limits, deadline)
+        presentation, codec = _presentation(stream, track), _codec(stream)
+        if codec is None:
+            codec = stream.codec_context
+            presentation = replace(presentation, notes=(*presentation.notes, _NO_ALPHA))
+        elif codec is not stream.codec_context:
+            presentation = replace(presentation, follows_frames=False)
+        codec.options = {"max_pixels": str(limits.pixels)}  # the header may lie
+        _set_threads(codec, stream.codec_context)
+        yield Reader(stream, codec, presentation, name, limits, deadline)
 
 
 def _picture_size(file: BinaryIO, stream: VideoStream, options: dict[str, str]) -> tuple[int, int]:
@@ -173,15 +215,63 @@ def _picture_size(file: BinaryIO, stream: VideoStream, options: dict[str, str]) 
     size = 0, 0
     with suppress(*_READ_ERRORS, IndexError):
         file.seek(0)
-        with av.open(file, "r", options={**options, "codec_whitelist": "none"}) as bare:
+        with open_input(file, {**options, "codec_whitelist": "none"}) as bare:
             codec = bare.streams.video[stream.container.streams.video.index(stream)].codec_context
             size = codec.height, codec.width
     file.seek(at)
     return size
 
 
-def _set_threads(codec: VideoCodecContext) -> None:
-    pixels = codec.height * codec.width
+def _track(file: BinaryIO, stream: VideoStream, name: str) -> Track:
+    """What the header says of the stream. Raises MediaError for an encrypted one."""
+    container = stream.container
+    ordinal = container.streams.video.index(stream)
+    try:
+        track = track_of(file, container.format.name, stream.id, ordinal)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{name}: {_why_unreadable(file, error)}") from error
+    if track.encryption:
+        raise MediaError(
+            f"{name}: its video is encrypted ({track.encryption}); decrypt it with the tool and "
+            "the key of whoever owns it, or ask them for a clear copy"
+        )
+    return track
+
+
+def _presentation(stream: VideoStream, track: Track) -> Presentation:
+    """How the container wants the pictures to be shown."""
+    aspect = fraction(stream.sample_aspect_ratio)
+    # Where the container has an aspect of its own, that counts; else each frame's does.
+    follows = not track.has_aspect and aspect == fraction(stream.codec_context.sample_aspect_ratio)
+    notes: tuple[str, ...] = ()
+    if stream.container.format.name == "mjpeg":
+        notes = ("JPEGs in a row carry no times of their own; 25 a second is assumed",)
+    if track.has_alpha_beside:
+        notes = (_NO_ALPHA,)
+    return Presentation(aspect, track.crop, follows, notes)
+
+
+def _codec(stream: VideoStream) -> VideoCodecContext | None:
+    """The decoder to use; None where only one is left that does not see the transparency.
+
+    FFmpeg's own decoders of VP8 and VP9 do not know the alpha that WebM keeps beside a picture.
+    """
+    metadata = {key.lower(): value for key, value in stream.metadata.items()}
+    name = _ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or metadata.get("alpha_mode") != "1":
+        return stream.codec_context
+    try:
+        codec = CodecContext.create(name, "r")
+    except UnknownCodecError:
+        return None
+    assert isinstance(codec, VideoCodecContext)
+    codec.extradata = stream.codec_context.extradata
+    return codec
+
+
+def _set_threads(codec: VideoCodecContext, declared: VideoCodecContext) -> None:
+    """`declared` has the size that the header gives."""
+    pixels = declared.height * declared.width
     small = pixels <= (_SMALL_AV1 if "av1" in codec.name else _SMALL)
     codec.thread_type = "SLICE" if pixels > _LARGE else "AUTO"
     codec.thread_count = 1 if small else _THREADS
@@ -201,8 +291,8 @@ def _why_unreadable(file: BinaryIO, error: Exception) -> str:
         head = file.read(512)
     except (OSError, ValueError):
         return f"cannot be read ({_reason(error)}); check the file and where it lies"
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
-        return "a still image, or several in a row; give images in a list: load_video([path])"
+    if head.startswith((_JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
+        return _STILL
     if _is_sound(head):
         return "sound alone, without pictures; give a file with moving pictures"
     if head[4:8] == b"ftyp":
@@ -241,7 +331,12 @@ def _is_text(head: bytes) -> bool:
 def _video_stream(container: InputContainer, name: str) -> VideoStream:
     """The stream a player shows: FFmpeg's best one, but never a cover picture."""
     pictures = container.streams.video
-    streams = [s for s in pictures if not s.disposition & Disposition.attached_pic]
+    streams = [s for s in pictures if not s.disposition & _NO_VIDEO]
+    if pictures and all(s.disposition & Disposition.dependent for s in pictures):
+        raise MediaError(
+            f"{name}: a picture in {len(pictures)} tiles of a form that vidlm does not put "
+            "together; save it as JPEG or PNG"
+        )
     if not streams:
         kinds = {"a cover picture" if s in pictures else s.type for s in container.streams}
         raise MediaError(
@@ -249,13 +344,7 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
             "give a file with moving pictures"
         )
     best = container.streams.best("video")
-    stream = next((s for s in streams if best is not None and s.index == best.index), streams[0])
-    if stream.codec_context is None:
-        raise MediaError(
-            f"{name}: PyAV has no decoder for its video stream; convert it: "
-            "ffmpeg -i INPUT -c:v libx264 output.mp4"
-        )
-    return stream
+    return next((s for s in streams if best is not None and s.index == best.index), streams[0])
 
 
 def _reason(error: Exception) -> str:

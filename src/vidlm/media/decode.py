@@ -26,10 +26,11 @@ from vidlm.media.flv_bounds import check_key_frames
 from vidlm.media.listing import Index, list_frames, list_packets, list_quickly
 from vidlm.media.mp4_bounds import check_tables
 from vidlm.media.other_streams import sound_end
-from vidlm.media.picture import Painter, resized, thumbnail
+from vidlm.media.picture import Painter, resized, thumbnail, unconvertible
 from vidlm.media.policy import FramePolicy
 from vidlm.media.sample import Rows, Times, between
 from vidlm.media.scene import Shots
+from vidlm.media.tracks import Presentation
 from vidlm.media.walk import Astray, File, walk
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def _shots(source: File, index: Index, reader: Reader | None) -> Rows:
 def _take(source: File, index: Index, rows: Rows, reader: Reader | None) -> Video:
     options, timeline = source.options, index.timeline
     unique, places = np.unique(rows, return_inverse=True)
-    kept = _Kept(unique, source, lambda: Painter(index.pixel_aspect, options.scale))
+    kept = _Kept(unique, source, index.presentation)
     trail = walk(source, index, unique, reader, kept.see)
     faults = trail.faults
     if index.stamps is not None and not faults and (trail.skipped or kept.wanted):
@@ -127,9 +128,10 @@ def _take(source: File, index: Index, rows: Rows, reader: Reader | None) -> Vide
 class _Kept:
     """The chosen frames, each painted into its place as it comes."""
 
-    def __init__(self, rows: Rows, source: File, painter: Callable[[], Painter]) -> None:
+    def __init__(self, rows: Rows, source: File, presentation: Presentation) -> None:
         self._rows, self._limits, self._name = rows, source.options.limits, source.name
-        self._new_painter, self._painters = painter, threading.local()
+        self._presentation, self._scale = presentation, source.options.scale
+        self._painters, self._own = list[Painter](), threading.local()
         self._first = threading.Lock()
         self.damaged: list[int] = []
         self.resized: list[int] = []
@@ -164,9 +166,10 @@ class _Kept:
 
     def _painter(self) -> Painter:
         """This thread's own."""
-        if not hasattr(self._painters, "own"):
-            self._painters.own = self._new_painter()
-        own: Painter = self._painters.own
+        if not hasattr(self._own, "painter"):
+            self._own.painter = Painter(self._presentation, self._scale)
+            self._painters.append(self._own.painter)
+        own: Painter = self._own.painter
         return own
 
     def losses(self, pts: Times) -> list[str]:
@@ -177,11 +180,14 @@ class _Kept:
         ]
 
     def notes(self) -> list[str]:
-        """What was changed."""
-        if not self.resized:
-            return []
-        chosen = f"{len(self.resized)} of the {len(self._rows)} chosen frames"
-        return [f"{chosen} have another size than the first and were scaled to it"]
+        """What was changed or had to be assumed."""
+        notes = list(self._presentation.notes)
+        if self.resized:
+            chosen = f"{len(self.resized)} of the {len(self._rows)} chosen frames"
+            notes.append(f"{chosen} have another size than the first and were scaled to it")
+        for aspect in {painter.ignored_aspect for painter in self._painters} - {None}:
+            notes.append(f"the file gives pixels an aspect of {aspect}; they are taken as square")
+        return notes
 
     def _say(self, rows: list[int], what: str, pts: Times) -> list[str]:
         times = ", ".join(clock(float(pts[row])) for row in rows[:8])
@@ -194,10 +200,7 @@ def _in_colour(name: str, convert: Callable[[VideoFrame], Frames], frame: VideoF
     try:
         return convert(frame)
     except (av.FFmpegError, ValueError) as error:
-        raise MediaError(
-            f"{name}: a {frame.width}x{frame.height} picture in {frame.format.name} cannot be "
-            f"turned into RGB ({error}); convert the file to yuv420p"
-        ) from error
+        raise unconvertible(name, frame, error) from error
 
 
 def _refused(faults: Sequence[str]) -> list[str]:

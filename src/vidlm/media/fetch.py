@@ -45,6 +45,7 @@ class FetchPolicy:
     allow_private: also connect to addresses that are not on the public internet (loopback,
         private, link-local). Proxies from the environment are not used.
     max_redirects: how many are followed; each is checked like the first address.
+    allow_downgrade: also follow redirects from https to http.
     hosts: None for any, else the only names to connect to: "example.org" is that name alone,
         "*.example.org" what ends in it.
     folders: None for any, else the only folders to read local files from, symbolic links resolved;
@@ -63,6 +64,7 @@ class FetchPolicy:
     folders: tuple[str | Path, ...] | None = None
     max_url: int = 8192
     cache: MediaCache | None = None
+    allow_downgrade: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_redirects", "max_url"):
@@ -250,7 +252,7 @@ def _from_web(url: str, policy: FetchPolicy) -> bytes:
         if answer.body is not None:
             return answer.body
         _check_length(location := answer.location or "", policy)
-        target = parse(target.url, location)
+        target = parse(target.url, location, allow_downgrade=policy.allow_downgrade)
     raise MediaFetchError(
         f"{target.host}: more than {policy.max_redirects} redirects; give the address they end at"
     )

@@ -53,8 +53,12 @@ class Target:
     path: str
 
 
-def parse(base: str, url: str) -> Target:
-    """The target of an http(s) URL, or of a redirect from `base`."""
+def parse(base: str, url: str, *, allow_downgrade: bool = False) -> Target:
+    """The target of an http(s) URL, or of a redirect from `base`.
+
+    allow_downgrade: whether a redirect may lead from https to http, where anybody on the way could
+    read and change what comes.
+    """
     refuse_unprintable(url)
     try:
         url = urldefrag(urljoin(base, url)).url
@@ -68,6 +72,12 @@ def parse(base: str, url: str) -> Target:
         raise MediaFetchError(
             f"a redirect to {parts.scheme[:20]}: is not followed; give an http:// or https:// "
             "address"
+        )
+    if parts.scheme == "http" and base[:6].lower() == "https:" and not allow_downgrade:
+        raise MediaFetchError(
+            "a redirect from https:// to http:// is not followed, since anybody on the way could "
+            "change the file; give the http:// address itself, or use "
+            "FetchPolicy(allow_downgrade=True) where that is meant"
         )
     if not given:
         raise MediaFetchError("a URL without a host; give https://host/path")

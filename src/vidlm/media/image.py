@@ -1,34 +1,20 @@
-"""One image from anywhere -> PIL RGB, upright; decoded by PIL, as the references do."""
+"""One image from anywhere -> PIL RGB, upright; decoded by Pillow where it can, as references do."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import logging
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vidlm.media.clip import DEFAULT_LIMITS, Limits
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
-from vidlm.media.source import Source, is_pattern, opened
-from vidlm.media.stills import reading, to_rgb
+from vidlm.media.pillow import reading, to_rgb
+from vidlm.media.source import Source, opened
+from vidlm.media.still import read_still
 
-# What a name must end with to be taken for a still image. GIF, PNG and WebP may be animated, but
-# an animated PNG is rare: it is a video only where the caller says so.
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-
-
-def is_image(source: str | Path) -> bool:
-    """Whether a path or URL names a still image, by its ending (or a data URL by its type). A
-    folder, and a pattern such as "frames/*.png", name the frames of a video."""
-    name = str(source)
-    if name[:5].lower() == "data:":
-        return name[5:11].lower() == "image/"
-    if "://" in name:
-        return urlsplit(name).path.lower().endswith(SUFFIXES)
-    return name.lower().endswith(SUFFIXES) and not (os.path.isdir(name) or is_pattern(name))
+log = logging.getLogger(__name__)
 
 
 def load_image(
@@ -46,9 +32,11 @@ def load_image(
         return to_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    with opened(source, access) as (file, name), reading(name), Image.open(file) as image:
-        limits.check(name, 1, image.height, image.width)
-        return to_rgb(ImageOps.exif_transpose(image))
+    with opened(source, access) as (file, name), reading(name):
+        image, notes = read_still(file, name, limits)
+        for note in notes:
+            log.warning("%s: %s", name, note)
+        return to_rgb(image)
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from vidlm.errors import MediaError
 from vidlm.media.clip import Timeline, clock
 from vidlm.media.container import Reader, hint
+from vidlm.media.gif import as_browsers_show
 from vidlm.media.mp4 import sample_table
 from vidlm.media.other_streams import later_pictures, sound_length
+from vidlm.media.pyav import fraction
 from vidlm.media.timestamps import (
     STILL_SECONDS,
     Mended,
@@ -34,20 +36,21 @@ from vidlm.media.timestamps import (
     is_sound,
     mend,
 )
+from vidlm.media.tracks import Presentation
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
     """The frames a player shows.
 
-    stamps: theirs, ascending; None where frames go by count. pixel_aspect: width over height.
+    stamps: theirs, ascending; None where frames go by count. presentation: crop and pixel aspect.
     losses: signs of damage. notes: what had to be assumed. is_mended: whether the times are not
     quite the stamps, two of which may be equal; is_moved: whether some are far from them.
     """
 
     timeline: Timeline
     stamps: Stamps | None
-    pixel_aspect: Fraction | None
+    presentation: Presentation
     losses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     is_mended: bool = False
@@ -87,7 +90,7 @@ def list_table(reader: Reader, file: BinaryIO) -> Index | None:
     if order[0] != 0 or not is_sound(ticks, _time_base(reader.stream), sound_length(reader)):
         return None
     timeline = _timeline(reader.stream, ticks, int(table.durations[order[-1]]), flags[order] & _KEY)
-    return Index(timeline, ticks, reader.stream.sample_aspect_ratio)
+    return Index(timeline, ticks, reader.presentation)
 
 
 def _index_entries(reader: Reader) -> NDArray[np.int64]:
@@ -138,9 +141,8 @@ def list_packets(reader: Reader, file: BinaryIO) -> Index | None:
     notes = (*table.notes, *(mended.notes if mended is not None else ()))
     stamped = _timeline(stream, ticks, last, table.keys)  # the header knows of no other times
     losses = (*_cut_off(stream, stamped, reader.faults), *later_pictures(reader))
-    aspect = stream.sample_aspect_ratio
-    moved = mended is not None and mended.is_moved
-    return Index(timeline, ticks, aspect, losses, notes, mended is not None, moved)
+    shown, moved = reader.presentation, mended is not None and mended.is_moved
+    return Index(timeline, ticks, shown, losses, notes, mended is not None, moved)
 
 
 class _Packets:
@@ -285,8 +287,8 @@ def list_frames(reader: Reader, file: BinaryIO) -> Index:
     timeline = _timeline(stream, ticks, 0, np.asarray(keys), mended)
     losses += _cut_off(stream, _timeline(stream, ticks, 0, np.asarray(keys)), [])
     losses += later_pictures(reader)
-    aspect, moved = stream.sample_aspect_ratio, mended is not None and mended.is_moved
-    return Index(timeline, None, aspect, tuple(losses), tuple(notes), mended is not None, moved)
+    shown, moved = reader.presentation, mended is not None and mended.is_moved
+    return Index(timeline, None, shown, tuple(losses), tuple(notes), mended is not None, moved)
 
 
 def _timeline(
@@ -302,6 +304,8 @@ def _timeline(
     times: Stamps | Ticks = ticks
     if mended is not None:
         times, last_length = mended.ticks, mended.stop - float(mended.ticks[-1])
+    elif stream.codec_context.name == "gif":
+        times, last_length = as_browsers_show(ticks, int(last_length))
     first = int(times[0]) * base
     assert isinstance(stream.container, InputContainer)
     began = stream.container.start_time  # microseconds, rounded
@@ -321,12 +325,12 @@ def _timeline(
 
 
 def _time_base(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, 1000)
+    return fraction(stream.time_base) or Fraction(1, 1000)
 
 
 def _guessed_step(stream: VideoStream) -> int:
     """Ticks from frame to frame by the header's rate, or 25 a second where it has none."""
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    rate = fraction(stream.average_rate) or fraction(stream.guessed_rate) or Fraction(25)
     return max(round(1 / (rate * _time_base(stream))), 1)
 
 

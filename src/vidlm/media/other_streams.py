@@ -9,6 +9,7 @@ from av.stream import Disposition
 
 from vidlm.media.clip import Timeline
 from vidlm.media.container import Reader
+from vidlm.media.pyav import fraction
 
 # Sound that outlasts the pictures by no more is of no consequence: encoders round it up.
 _REST_SECONDS = 0.5
@@ -18,8 +19,9 @@ def sound_length(reader: Reader) -> float:
     """Seconds of sound, in containers that add up its samples; others go by time stamps."""
     if not {"mp4", "avi"} & set(reader.container.format.name.split(",")):
         return 0.0
-    streams = [s for s in reader.container.streams.audio if s.duration and s.time_base]
-    return max((float((s.duration or 0) * (s.time_base or 0)) for s in streams), default=0.0)
+    streams = reader.container.streams.audio
+    lengths = ((s.duration or 0) * (fraction(s.time_base) or 0) for s in streams)
+    return float(max(lengths, default=0.0))
 
 
 def sound_end(reader: Reader, timeline: Timeline) -> float | None:
@@ -38,10 +40,11 @@ def sound_end(reader: Reader, timeline: Timeline) -> float | None:
         return None
     ends, lengths = [0.0], dict.fromkeys((s.index for s in container.streams.audio), 0.0)
     for packet in reader.others(container.streams.audio, timeline.start_time + timeline.stop):
-        length = float((packet.duration or 0) * packet.time_base)
+        base = fraction(packet.time_base) or 0
+        length = float((packet.duration or 0) * base)
         lengths[packet.stream_index] += length
         if packet.pts is not None:
-            ends.append(float(packet.pts * packet.time_base) + length - timeline.start_time)
+            ends.append(float(packet.pts * base) + length - timeline.start_time)
     # A stamp that is hours off is no sound. Packets' lengths are rounded, to 21 of 21.3 ms, say.
     end = min(max(ends), timeline.stop + 1.1 * max(lengths.values()))
     return end if end > least else None

@@ -20,11 +20,13 @@ from vidlm.media import container, stills
 from vidlm.media.clip import DEFAULT_LIMITS, Deadline, Limits, ReadOptions, Timeline
 from vidlm.media.container import Reader
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
-from vidlm.media.image import is_image, load_image
+from vidlm.media.folder import is_image, pictures
+from vidlm.media.image import load_image
 from vidlm.media.listing import list_frames, list_quickly, list_table
+from vidlm.media.pillow import reading
 from vidlm.media.policy import FramePolicy, seconds
-from vidlm.media.source import Source, opened, pictures
-from vidlm.media.video import read_head
+from vidlm.media.source import Source, opened
+from vidlm.media.video import kind_of
 
 # Packets in which a sound stream shows its first picture; decoders hold back at most 16.
 _PACKETS = 64
@@ -58,11 +60,13 @@ def probe(
             load_image(source, limits=limits, access=access)
             return
     with opened(source, access) as (file, name):
-        head = read_head(file, name)
-        if stills.is_webp(head):
-            _probe_webp(file, name, options)
-        else:
-            _probe_video(file, name, options)
+        match kind_of(file, name):
+            case "still":
+                stills.from_still(file, name, options)
+            case "video":
+                _probe_video(file, name, options)
+            case animation:
+                _probe_animation(file, name, options, animation)
 
 
 def _probe_stills(paths: Sequence[Path], options: ReadOptions, name: str) -> None:
@@ -73,9 +77,9 @@ def _probe_stills(paths: Sequence[Path], options: ReadOptions, name: str) -> Non
     stills.from_list(paths[:1], first, name)
 
 
-def _probe_webp(file: BinaryIO, name: str, options: ReadOptions) -> None:
+def _probe_animation(file: BinaryIO, name: str, options: ReadOptions, form: str) -> None:
     """The number of frames. Their times take decoding all of them, so times are not checked."""
-    with stills.reading(name), Image.open(file, formats=["WEBP"]) as image:
+    with reading(name), Image.open(file, formats=[form]) as image:
         options.limits.check(name, 1, image.height, image.width)
         count = getattr(image, "n_frames", 1)
         options.limits.check_length(name, count, 0.0)

@@ -1,28 +1,27 @@
-"""Clips that are not video files: arrays, lists of images, and animated WebP (FFmpeg has none)."""
+"""Clips that are not video files: arrays, images, and animations that are left to Pillow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from vidlm.errors import InvalidArgument, MediaError, MediaLimitError, MediaNotFound, VidlmError
+from vidlm.errors import InvalidArgument
 from vidlm.media.clip import Deadline, Frames, ReadOptions, Timeline, Video
 from vidlm.media.fetch import check_local
 from vidlm.media.picture import resized
+from vidlm.media.pillow import reading, to_rgb
 from vidlm.media.sample import Rows, between
 from vidlm.media.scene import SIDE, Shots
+from vidlm.media.still import read_still
 
 Pixels = NDArray[Any]
 Still = Image.Image | Pixels | str | Path
 
-# What PIL's readers raise for files that are damaged in one way or another.
-_PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError)
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Browsers show a frame that asks for 10 ms or less for this long.
 _DEFAULT_MS = 100
@@ -60,10 +59,11 @@ def from_list(items: Sequence[Still], options: ReadOptions, name: str = "list of
     timeline, limits = _counted(len(items)), options.limits
     limits.check_length(name, len(items), 0.0)
     deadline = Deadline(name, limits.seconds)
+    notes: dict[str, int] = {}
 
     def picture_of(row: int) -> Frames:
         deadline.check()
-        return _picture(items[row], f"frame {row}", options)
+        return _picture(items[row], f"frame {row}", options, notes)
 
     rows = _choose(timeline, options, lambda row: Image.fromarray(picture_of(row)))
     frames: Frames | None = None
@@ -80,17 +80,29 @@ def from_list(items: Sequence[Still], options: ReadOptions, name: str = "list of
             )
         frames[place] = picture
     assert frames is not None
-    return timeline.video(frames, rows, "frames" if name == "list of frames" else name)
+    warnings = [f"of {count} frames, {note}" for note, count in notes.items()]
+    return timeline.video(frames, rows, "frames" if name == "list of frames" else name, warnings)
+
+
+def from_still(file: BinaryIO, name: str, options: ReadOptions) -> Video:
+    """A HEIC or AVIF image as a clip of one frame, one second long."""
+    image, notes = read_still(file, name, options.limits)
+    picture = _scaled(_from_image(image, name), options)
+    timeline = _counted(1)
+    rows = _choose(timeline, options, lambda row: Image.fromarray(picture))
+    options.limits.check(name, len(rows), *picture.shape[:2])
+    return timeline.video(np.stack([picture] * len(rows)), rows, name, notes)
 
 
 def is_webp(head: bytes) -> bool:
     return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
 
 
-def from_webp(file: BinaryIO, name: str, options: ReadOptions) -> Video:
-    """An animated WebP, decoded twice: once for the frames' times, once for the chosen ones."""
+def from_animation(file: BinaryIO, name: str, options: ReadOptions, form: str) -> Video:
+    """An animated WebP or AVIF (Pillow's name of the format), decoded twice: once for the frames'
+    times, once for the chosen ones."""
     limits, deadline = options.limits, Deadline(name, options.limits.seconds)
-    with reading(name), Image.open(file, formats=["WEBP"]) as image:
+    with reading(name), Image.open(file, formats=[form]) as image:
         limits.check(name, 1, image.height, image.width)
         count = getattr(image, "n_frames", 1)
         limits.check_length(name, count, 0.0)
@@ -144,12 +156,12 @@ def _counted(n: int) -> Timeline:
     return Timeline(np.arange(n, dtype=np.float64), float(n))
 
 
-def _picture(item: Still, what: str, options: ReadOptions) -> Frames:
+def _picture(item: Still, what: str, options: ReadOptions, notes: dict[str, int]) -> Frames:
     if isinstance(item, np.ndarray):
         return _from_pixels(item, what)
     if isinstance(item, Image.Image):
         return _from_image(item, what)
-    return _from_file(Path(item), what, options)
+    return _from_file(Path(item), what, options, notes)
 
 
 def _from_pixels(item: Pixels, what: str) -> Frames:
@@ -170,36 +182,13 @@ def _from_image(image: Image.Image, what: str) -> Frames:
     return np.asarray(to_rgb(image))
 
 
-def _from_file(path: Path, what: str, options: ReadOptions) -> Frames:
+def _from_file(path: Path, what: str, options: ReadOptions, notes: dict[str, int]) -> Frames:
     name = f"{what}, {path}"
-    with reading(name), Image.open(check_local(path, options.access)) as image:
-        options.limits.check(name, 1, image.height, image.width)
-        return _from_image(ImageOps.exif_transpose(image), name)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode; what is transparent lies before white, as in transformers 5."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-
-
-@contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turns what PIL raises into our own errors."""
-    try:
-        yield
-    except VidlmError:  # a ValueError too, but ours already
-        raise
-    except FileNotFoundError as error:
-        raise MediaNotFound(f"{name}: there is no such image file") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaLimitError(f"{name}: {error}; scale the image down first") from error
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{name}: not an image that PIL reads; give PNG, JPEG or WebP") from error
-    except _PIL_ERRORS as error:
-        raise MediaError(f"{name}: cannot be read ({error}); give an intact image") from error
+    with reading(name), check_local(path, options.access).open("rb") as file:
+        image, remarks = read_still(file, name, options.limits)
+        for remark in remarks:
+            notes[remark] = notes.get(remark, 0) + 1
+        return _from_image(image, name)
 
 
 def _rgb(array: Pixels) -> Frames:

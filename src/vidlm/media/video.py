@@ -13,8 +13,12 @@ from vidlm.errors import MediaError
 from vidlm.media import decode, stills
 from vidlm.media.clip import DEFAULT_LIMITS, Limits, ReadOptions, Video
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.folder import pictures
+from vidlm.media.heif import is_still
+from vidlm.media.pillow import formats
 from vidlm.media.policy import FramePolicy
-from vidlm.media.source import Source, opened, pictures
+from vidlm.media.source import Source, opened
+from vidlm.media.tracks import has_alpha_track
 
 __all__ = [
     "Limits",
@@ -78,10 +82,13 @@ def load_video(
     if found is not None:
         return stills.from_list(found, options, str(source))
     with opened(source, access) as (file, name):
-        head = read_head(file, name)
-        if stills.is_webp(head):
-            return stills.from_webp(file, name, options)
-        return decode.read(file, name, options)
+        match kind_of(file, name):
+            case "still":
+                return stills.from_still(file, name, options)
+            case "video":
+                return decode.read(file, name, options)
+            case animation:
+                return stills.from_animation(file, name, options, animation)
 
 
 def sample_frames(url: str | Path, num_frames: int) -> list[Image.Image]:
@@ -98,15 +105,23 @@ def replace_video_with_images(text: str, frames: int) -> str:
     return text.replace("<video>", "<image>" * frames)
 
 
-def read_head(file: BinaryIO, name: str) -> bytes:
-    """The first 12 bytes. Raises MediaError where there are none."""
+def kind_of(file: BinaryIO, name: str) -> str:
+    """ "video", "still" for a HEIF image, or Pillow's name of an animation that is left to it."""
     try:
         file.seek(0)
         head = file.read(12)
+        if not head:
+            raise MediaError(f"{name}: empty, 0 bytes; was the download or copy complete?")
+        if stills.is_webp(head):
+            return "WEBP"
+        if is_still(file):
+            return "still"
+        if "AVIF" in formats() and head[8:] == b"avis" and has_alpha_track(file):
+            return "AVIF"
+        return "video"
+    except MediaError:  # a ValueError too, but ours already
+        raise
     except (OSError, ValueError) as error:  # ValueError: it is closed
         raise MediaError(
             f"{name}: cannot be read ({error}); give an open, readable file"
         ) from error
-    if not head:
-        raise MediaError(f"{name}: empty, 0 bytes; was the download or copy complete?")
-    return head

@@ -84,7 +84,7 @@ def walk(
     # Times that had to be mended are believed as far as every frame in a span bears them out.
     wanted = None if index.is_mended else frozenset(index.stamps[rows].tolist())
     first, second = split(index, rows, fresh=reader.fresh)
-    codec = reader.stream.codec_context
+    codec = reader.stream.codec_context  # whose size the header gives
     view = _view(source.file)
     saved = sum(span.frames for span in second) * codec.width * codec.height
     if ordered or view is None or saved < _WORTH_TWO:
@@ -106,8 +106,8 @@ def _halves(
 ) -> Trail:
     """Two readers at once, one thread each."""
     (first, reader), (second, view) = parts
-    if not reader.stream.codec_context.is_open:
-        reader.stream.codec_context.thread_count = 1
+    if not reader.codec.is_open:
+        reader.codec.thread_count = 1
     failed = Event()
 
     def half(spans: Sequence[Span], reader: Reader) -> Trail:
@@ -124,7 +124,7 @@ def _halves(
 
     def rest() -> Trail:
         with opened(view, source.name, source.options.limits, source.deadline) as own:
-            own.stream.codec_context.thread_count = 1
+            own.codec.thread_count = 1
             return half(second, own)
 
     with ThreadPoolExecutor(1) as pool:

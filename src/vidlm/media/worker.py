@@ -33,7 +33,8 @@ from vidlm import errors
 from vidlm.errors import InvalidArgument, MediaError, MediaLimitError, VidlmError
 from vidlm.media import wire
 from vidlm.media.clip import DEFAULT_LIMITS, Limits, Video
-from vidlm.media.source import Source, opened
+from vidlm.media.fetch import DEFAULT_POLICY
+from vidlm.media.source import Source, is_pipe, is_url, opened
 from vidlm.media.video import load_video
 
 __all__ = ["DecodePool"]
@@ -343,10 +344,11 @@ def _request(source: Source, keywords: dict[str, Any], memory_bytes: int | None)
         "keywords": {key: wire.plain(key, value) for key, value in keywords.items()},
         "folder": _working_folder(),
     }
-    if isinstance(source, str | Path | list | tuple):
+    is_name = isinstance(source, str | Path) and not is_pipe(source)  # /dev/fd/3 is ours alone
+    if is_name or isinstance(source, list | tuple):
         name = "frames" if isinstance(source, list | tuple) else _name(str(source))
         return _Request(message | {"source": wire.plain("source", source)}, b"", name, limits)
-    with opened(source) as (file, name):
+    with opened(source, keywords.get("access", DEFAULT_POLICY)) as (file, name):
         try:
             file.seek(0, os.SEEK_END)
             if memory_bytes is not None and file.tell() > memory_bytes:
@@ -379,7 +381,7 @@ def _working_folder() -> str:
 
 def _name(source: str) -> str:
     """For messages: without a URL's query, which may hold a key."""
-    if source[:5].lower() == "data:":
+    if source[:5].lower() == "data:" and is_url(source):
         return "data URL"
     if "://" not in source:
         return Path(source).name
