@@ -79,7 +79,7 @@ ASK: list[tuple[list[str], int, str]] = [
     (["imgs/*.jpg", "x"], 1, "imgs/*.jpg matches no file"),
     (["imgs/*.png", "x", "--indices", "9"], 2, "--indices 9: the clip has 3 frames"),
     (["imgs", "x", "--start", "9"], 2, "--start 9 is beyond the end"),
-    (["/dev/null", "x"], 1, "/dev/null is no regular file; pipe its contents in, and give -"),
+    (["/dev/null", "x"], 1, "no regular file and no pipe; pipe its contents in, and give -"),
     (["a" * 5000, "x"], 1, "cannot be opened"),
     (["a\nb\033c.mp4", "x"], 1, "a b\ufffdc.mp4: there is no such file"),
     (["ftp://x/y.mp4", "x"], 2, "ftp:// is not fetched"),

@@ -15,6 +15,7 @@ import pytest
 import clips
 from container_files import box
 from vidlm.cli import sources
+from vidlm.cli.progress import Progress
 from vidlm.errors import MediaError, MediaFetchError, MediaLimitError
 from vidlm.media import DecodePool, is_image, load_image, load_video
 from vidlm.media.fetch import FetchPolicy
@@ -114,7 +115,9 @@ def test_the_command_line_reads_pipes(source: str, tmp_path: Path) -> None:
 def test_a_pipe_is_not_opened_to_see_whether_it_is_there() -> None:
     with piped(CLIP) as path:
         sources.check_sources([path])
-        assert sources.read(path) == CLIP
+        read = sources.read_once(path, FetchPolicy(), Progress(quiet=True))
+        assert isinstance(read, sources.Contents)
+        assert read.getvalue() == CLIP
 
 
 def test_stdin_is_bounded(monkeypatch) -> None:
@@ -124,7 +127,7 @@ def test_stdin_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr("vidlm.media.fetch.MAX_BYTES", 10)
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(bytes(11))))
     with pytest.raises(MediaLimitError, match="stdin: more than 10 bytes"):
-        sources.read("-")
+        sources.read_once("-", FetchPolicy(), Progress(quiet=True))
 
 
 # ---- odd names -------------------------------------------------------------------------------

@@ -123,14 +123,14 @@ def _taken(
     if is_saved(source) and not source.startswith(WEB):
         _check_saved(source, frames)
         return source
-    taken: str | Contents = _read_once(source, access, progress)
+    taken: str | Contents = read_once(source, access, progress)
     if isinstance(taken, Contents) and is_image(source):
         return load_image(taken)
     probe(taken, _frame_policy(frames), access=access)
     return taken
 
 
-def _read_once(source: str, access: FetchPolicy, progress: Progress) -> str | Contents:
+def read_once(source: str, access: FetchPolicy, progress: Progress) -> str | Contents:
     """The contents of stdin, a pipe or a URL of the web; all else by name."""
     from vidlm.media.fetch import fetch
     from vidlm.media.source import is_pipe, opened
