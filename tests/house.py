@@ -19,13 +19,13 @@ PACKAGE = ROOT / "src" / "vidlm"
 LAYERS = (
     ("errors", "types"),
     ("files",),
-    ("media", "foreign", "hub", "text"),
+    ("media", "download", "foreign", "hub", "text"),
     ("native",),
     ("nn", "vision", "weights", "fingerprint"),
     ("models", "quant"),
     ("engine",),
     ("hf", "compat"),
-    ("api", "fit", "plan", "server", "batch", "train", "demo", "cli", ""),
+    ("api", "fit", "plan", "server", "batch", "train", "demo", "cli", "__main__", ""),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -33,7 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "media",
-        ("foreign", "hub", "text"),
+        ("download", "foreign", "hub", "text"),
         (),
     ),  # a decode worker imports vidlm.media and nothing more
     ("nn", ("vision", "weights"), ()),
@@ -54,7 +54,7 @@ ALSO = {
 
 NEVER = ("transformers", "torchvision")  # oracles of the tests
 # usable before, or without, torch
-LIGHT = ("errors", "types", "files", "media", "foreign", "hub", "text")
+LIGHT = ("errors", "types", "files", "media", "download", "foreign", "hub", "text")
 TORCH_FREE = (*LIGHT, "engine.request", "engine.blocks", "engine.scheduler", "engine.sequence")
 
 # By the start of a path, the first that fits.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from math import prod
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 
+from vidlm.download import PICKLES, Wanted, snapshot
 from vidlm.errors import (
-    HubUnreachable,
     ModelError,
     ModelNotFound,
     UnsupportedModel,
@@ -25,10 +25,6 @@ from vidlm.errors import (
 from vidlm.foreign import explain_missing_config, refuse_foreign
 
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WANTED = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt")
-# A subfolder holds another copy of the model (onnx/, original/, checkpoint-500/), not a part.
-UNWANTED = ("*/*", *(f"*{suffix}*" for suffix in PICKLES))
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 DTYPE_BITS: Mapping[str, int] = {
@@ -62,34 +58,23 @@ def resolve(
 ) -> Path:
     """The folder of a checkpoint: `name` itself if it is one, else a download of hub id owner/name.
 
-    HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT count as they do everywhere else.
-    Pickle files and subfolders are never downloaded.
+    HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT
+    count as they do everywhere else. Pickle files and subfolders are never downloaded.
+
+    Resolve a repository once and pass its folder on: two calls may see two commits.
 
     Raises ModelNotFound (no such folder, repository or revision), ModelError (access denied),
-    HubUnreachable (offline and not in the cache).
+    HubUnreachable (offline, or no answer in time, and not in the cache).
     """
     folder = Path(name).expanduser()
     if str(name) and folder.is_dir():  # Path("") would be the current folder
         return folder
     _require_hub_id(str(name), folder)
-    # Imported here: it costs hundreds of milliseconds, and a local folder needs none of it.
-    from huggingface_hub import errors, snapshot_download
-
-    # The transport's own errors (httpx, or requests under an old hub library) without naming it.
-    transport_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
-    try:
-        snapshot = snapshot_download(
-            str(name),
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            token=token,
-            allow_patterns=list(WANTED),
-            ignore_patterns=list(UNWANTED),
-        )
-    except (OSError, RuntimeError, errors.HFValidationError, transport_error) as error:
-        _raise_for_hub(str(name), revision, error)
-    return Path(snapshot)
+    return snapshot(
+        Wanted(str(name), revision, local_files_only),
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        token=token,
+    )
 
 
 def _require_hub_id(name: str, folder: Path) -> None:
@@ -104,56 +89,6 @@ def _require_hub_id(name: str, folder: Path) -> None:
             "path (relative ones start in the current folder), give a hub id such as "
             "llava-hf/llava-interleave-qwen-0.5b-hf, or try without weights: --model demo"
         )
-
-
-def _raise_for_hub(name: str, revision: str | None, error: Exception) -> NoReturn:
-    """Turn an error of the hub library into ours; the most specific of its classes come first."""
-    from huggingface_hub import errors
-
-    at = f"{name!r} at revision {revision!r}" if revision else repr(name)
-    # The library hides a refused request behind "not in the cache" and keeps it as the cause.
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
-        raise ModelNotFound(
-            f"model {name!r} is neither a folder nor a valid hub id ({error}); "
-            "give an existing folder or an id of the form owner/name"
-        ) from error
-    if isinstance(error, errors.RevisionNotFoundError):
-        raise ModelNotFound(
-            f"model {name!r} has no revision {revision!r}; give a branch, tag or commit that its "
-            "page lists, or leave revision out"
-        ) from error
-    if isinstance(cause, errors.RepositoryNotFoundError) and not isinstance(
-        cause, errors.GatedRepoError
-    ):
-        raise ModelNotFound(
-            f"model {at}: no folder of that name here, and no repository on the hub that this "
-            "account can see; check the spelling, and set HF_TOKEN if the repository is private"
-        ) from error
-    if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
-        raise ModelError(
-            f"the hub gives no access to {at} ({_first_line(error)}); accept the licence on the "
-            "repository's page if it is gated, and set HF_TOKEN to a token that may read it"
-        ) from error
-    if isinstance(error, OSError) and error.errno is not None and not _is_network(error):
-        raise ModelError(
-            f"model {at} could not be stored in the cache: {error}; free some space, or point "
-            "HF_HOME or cache_dir at a folder that can be written to"
-        ) from error
-    raise HubUnreachable(
-        f"model {at} is not (completely) in the local cache and cannot be downloaded now "
-        f"({_first_line(error)}); connect to the network and leave HF_HUB_OFFLINE and "
-        "local_files_only off, pass a folder with its files, or try without weights: --model demo"
-    ) from error
-
-
-def _is_network(error: OSError) -> bool:
-    return isinstance(error, (ConnectionError, TimeoutError))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(path: str | PathLike[str]) -> dict[str, Any]:

@@ -119,13 +119,13 @@ def failure(done: subprocess.CompletedProcess[str], code: int) -> str:
 def test_the_answer_is_all_of_stdout_and_stages_are_on_stderr(place: Path, model: Path) -> None:
     done = vidlm("ask", "clip.mp4", "What happens?", "--frames", "3", VIDLM_MODEL=str(model))
     assert (done.returncode, done.stdout) == (0, "AAAA\n")
-    lines = done.stderr.splitlines()
+    *lines, _ = done.stderr.splitlines()  # a note that the answer is cut off
     assert [line.split()[2] for line in lines] == [
         *("load", "read", "prepare", "encode", "prefill", "answer")
     ]
     assert "3 frames, 00:00.00 to 00:01.33" in lines[1]
     assert "4 tokens" in lines[-1]
-    assert "\033" not in done.stderr  # no terminal, no colours
+    assert "\033" not in done.stderr
 
 
 def test_json_is_one_object_and_nothing_else(place: Path, model: Path) -> None:

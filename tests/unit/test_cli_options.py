@@ -17,15 +17,16 @@ from vidlm.plan import plan
 
 LOADS = ("--dtype", "--quantize", "--kv-dtype", "--device", "--max-memory")
 CHOOSES = ("--frames", "--fps", "--start", "--end", "--sampling", "--times", "--indices")
+READS = ("--allow-private", "--timeout")
 COMMANDS = {
-    "ask": (*CHOOSES, *LOADS, "--quiet", "--debug"),
-    "index": (*CHOOSES, *LOADS, "--quiet", "--debug"),
-    "frames": (*CHOOSES, "--debug"),
-    "info": (*LOADS, "--debug"),
+    "ask": (*CHOOSES, *READS, *LOADS, "--quiet", "--debug"),
+    "index": (*CHOOSES, *READS, *LOADS, "--quiet", "--debug"),
+    "frames": (*CHOOSES, *READS, "--debug"),
+    "info": (*LOADS, *READS, "--debug"),
     "demo": ("--debug",),
-    "bench latency": (*LOADS, "--quiet", "--debug"),
-    "bench throughput": (*LOADS, "--quiet", "--debug"),
-    "bench decode": ("--quiet", "--debug"),
+    "bench latency": (*READS, *LOADS, "--quiet", "--debug"),
+    "bench throughput": (*READS, *LOADS, "--quiet", "--debug"),
+    "bench decode": (*READS, "--quiet", "--debug"),
 }
 
 
@@ -62,7 +63,7 @@ def test_shared_options_are_shown_behind_a_commands_own(command: str) -> None:
     [
         (Ask(videos=["a"], question="b"), "question"),
         (Index(videos=["a"]), "no_kv"),
-        (Frames(video="a"), "output"),
+        (Frames(videos=["a"]), "output"),
         (Info(model="demo"), "video"),
     ],
 )

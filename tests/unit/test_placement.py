@@ -315,8 +315,9 @@ def test_devices_of_a_map(gpus: None) -> None:
 # ---- from_pretrained -----------------------------------------------------------------------------
 
 
-def test_a_model_on_two_devices(folder: Path) -> None:
+def test_a_model_on_two_devices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`meta` stands for the second."""
+    monkeypatch.setattr(placement, "_other_device", lambda device, *_: device)
     where = {"": "cpu", f"{LAYERS}.1": "meta"}
     model = LlavaForConditionalGeneration.from_pretrained(folder, device_map=where)
     assert model.hf_device_map == {"": CPU, f"{LAYERS}.1": torch.device("meta")}

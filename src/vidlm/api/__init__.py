@@ -5,7 +5,7 @@ from __future__ import annotations
 from vidlm.api.answer import Answer, AnswerStream, Logprob
 from vidlm.api.chat import Chat
 from vidlm.api.handle import VideoHandle
-from vidlm.api.index_file import is_index
+from vidlm.api.index_file import check_saved, is_index
 from vidlm.api.keywords import AskKeywords, FrameKeywords, SamplingKeywords, TurnKeywords
 from vidlm.api.lm import LM, load
 from vidlm.api.progress import Progress
@@ -22,6 +22,7 @@ __all__ = [
     "SamplingKeywords",
     "TurnKeywords",
     "VideoHandle",
+    "check_saved",
     "is_index",
     "load",
 ]

@@ -70,7 +70,7 @@ class VideoHandle:
             media = lm.processor.media(read.images, read.videos)
         return cls(
             lm,
-            str(source) if isinstance(source, str | Path) else type(source).__name__,
+            _name(source),
             tuple(read.frames),
             tuple(read.warnings),
             tuple(media),
@@ -177,6 +177,14 @@ class VideoHandle:
         first, second = (self.prompt(text, system).ids for text in ("A", "7 z"))
         same = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
         return Prompt(first[:same], self.media)
+
+
+def _name(source: Any) -> str:
+    """A source for messages: its path or URL, also of a file or a loaded video; else its kind."""
+    if isinstance(source, str | Path):
+        return str(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else type(source).__name__
 
 
 def system_message(text: str | None) -> list[dict[str, Any]]:

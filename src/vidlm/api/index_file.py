@@ -4,7 +4,8 @@ agree before they may be used."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_index(
     """
     if not path.is_file():
         raise MediaNotFound(f"{path} does not exist; save a video with lm.video(...).save(path)")
-    try:
+    with _reading(path):
         with path.open("rb") as file:
             entries, metadata = read_open_header(file, path, MAX_INDEX_BYTES)
             stated = _stated(path, metadata)
@@ -93,15 +94,6 @@ def read_index(
         check_media(media, model)
         coded = index.identity.kv_dtype is not None
         layers = [_pair(i, tensors, coded) for i in range(stated.layers)]
-    except InvalidArgument:
-        raise
-    except WeightsError as error:
-        why = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
-        raise damaged(path, why.partition("; it is damaged")[0]) from error
-    except OSError as error:
-        raise InvalidArgument(f"{path} cannot be read: {error}") from error
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise damaged(path, error) from error
     return index, tuple(item.from_file(digest) for item in media), layers
 
 
@@ -124,6 +116,22 @@ def _read(
         tensors[name] = bytes_.view(STORED[dtype]).view(shape)
     check_finite(tensors)
     return tensors, hashed.digest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading a file raises into InvalidArgument."""
+    try:
+        yield
+    except InvalidArgument:
+        raise
+    except WeightsError as error:
+        why = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
+        raise damaged(path, why.partition("; it is damaged")[0]) from error
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise damaged(path, error) from error
 
 
 def damaged(path: Path, why: object) -> InvalidArgument:
@@ -156,6 +164,20 @@ def _check(path: Path, index: Index, identity: Identity, frames: Mapping[str, An
             f"{path} was saved by an engine that was not exact, and this one is; save the video "
             "again with EngineOptions(exact=True)"
         )
+    _check_frames(path, index, frames)
+
+
+def check_saved(path: Path, frames: Mapping[str, Any]) -> None:
+    """What can be said of a saved video without the model: raises MediaNotFound or InvalidArgument
+    where it is none, is damaged, or has other frames than are asked for."""
+    if not path.is_file():
+        raise MediaNotFound(f"{path} does not exist; save a video with lm.video(...).save(path)")
+    with _reading(path), path.open("rb") as file:
+        _, metadata = read_open_header(file, path, MAX_INDEX_BYTES)
+        _check_frames(path, _stated(path, metadata).index, frames)
+
+
+def _check_frames(path: Path, index: Index, frames: Mapping[str, Any]) -> None:
     if frames and dict(frames) != index.sampling:
         raise InvalidArgument(
             f"{path} was saved with the frames {index.sampling or 'of the default rule'}, asked "

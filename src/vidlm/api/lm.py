@@ -25,7 +25,9 @@ from vidlm.hf import (
     AutoProcessor,
     ForConditionalGeneration,
     ProcessorMixin,
+    find,
 )
+from vidlm.hf.loading import read_load_options
 from vidlm.media import MediaReader
 from vidlm.quant import preset, scheme_of
 
@@ -57,20 +59,20 @@ def load(
     Raises ModelNotFound, HubUnreachable, UnsupportedModel or WeightsError; InvalidArgument for a
     value that is not allowed, and where weights have no room in max_memory.
     """
-    where = {"revision": revision, "local_files_only": local_files_only}
+    how = {
+        "dtype": dtype,
+        "device_map": device,
+        "max_memory": max_memory,
+        "quantization_config": None if quantize is None else preset(quantize),
+    }
+    read_load_options(how)  # a wrong word is refused before anything is downloaded
     report = progress or silent
     report(Progress("resolve", 0, 1))
-    processor = AutoProcessor.from_pretrained(name, media=media, **where)
+    folder = find(name, revision=revision, local_files_only=local_files_only)  # of one commit
+    processor = AutoProcessor.from_pretrained(folder, media=media)
     report(Progress("resolve", 1, 1))
     report(Progress("load", 0, 1))
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        dtype=dtype,
-        device_map=device,
-        max_memory=max_memory,
-        quantization_config=None if quantize is None else preset(quantize),
-        **where,
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, **how)
     report(Progress("load", 1, 1))
     return LM(model, processor, engine)
 

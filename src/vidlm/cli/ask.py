@@ -10,34 +10,44 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vidlm.cli.loading import load_model, loading
-from vidlm.cli.options import Ask
+from vidlm.cli.options import MODEL, Ask
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import STDIN, check_sources, chosen_frames, is_saved, read
+from vidlm.cli.sources import STDIN, check_sources, chosen_frames, is_saved, take
 from vidlm.errors import InvalidArgument
+from vidlm.types import FinishReason
 
 if TYPE_CHECKING:
     from vidlm.api import LM, AnswerStream
 
+DEMO = "demo"  # as vidlm.hf has it, which brings torch
 EXAMPLE = 'vidlm ask clip.mp4 "What happens?"'
-KEYWORDS = ("max_tokens", "temperature", "top_p", "seed", "system")
+KEYWORDS = ("max_tokens", "temperature", "top_p", "seed")
+
+
+DEMO_KNOWS = (
+    "the demo model knows drawn moving shapes only (vidlm demo draws some); for other videos give "
+    f"a real model: --model {MODEL}"
+)
 
 
 def ask(given: Ask) -> None:
     """Everything that can be wrong without a model is found before one is loaded or downloaded."""
     sources = given.videos or []
-    question = check_question(sources, given.question)
+    question = legible("the question", check_question(sources, given.question))
+    system = None if given.system is None else legible("--system", given.system)
     frames = chosen_frames(given)
     check_sources(sources)
     if given.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with Progress(given.quiet) as progress:
-        if STDIN in sources:
-            progress.now("reading stdin")
-        media = [read(source) for source in sources]
+        loading(given)
+        media = take(sources, given, {} if given.fit else frames, progress)
         if given.fit:
             frames = fitted(given, frames, sources, question, progress)
         lm = load_model(given.model, given, progress)
-        stream = _read(lm, media, question, _keywords(given, frames), progress)
+        if given.model == DEMO:
+            progress.note(DEMO_KNOWS)
+        stream = _read(lm, media, question, _keywords(given, frames, system), progress)
         pieces = _first_token(stream, media, progress)
         if given.json:
             told = {"model": given.model, "question": question, "sources": sources}
@@ -62,6 +72,19 @@ def check_question(sources: list[str], question: str | None) -> str:
             f"the videos: {EXAMPLE}"
         )
     return question
+
+
+def legible(what: str, text: str) -> str:
+    """A text of the command line that Python could not decode (in the POSIX locale) as UTF-8.
+
+    Raises InvalidArgument where it is something else.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise InvalidArgument(
+            f"{what} is not UTF-8; set LC_ALL=C.UTF-8, or the locale that it was typed in"
+        ) from error
 
 
 def fitted(
@@ -107,9 +130,9 @@ def trimmed(pieces: Iterable[str]) -> Iterator[str]:
             begun = True
 
 
-def _keywords(given: Ask, frames: dict[str, Any]) -> dict[str, Any]:
+def _keywords(given: Ask, frames: dict[str, Any], system: str | None) -> dict[str, Any]:
     """What `lm.stream` is told."""
-    said = {name: getattr(given, name) for name in KEYWORDS}
+    said = {"system": system, **{name: getattr(given, name) for name in KEYWORDS}}
     chosen = frame_keywords(frames)
     return chosen | {name: value for name, value in said.items() if value is not None}
 
@@ -165,6 +188,8 @@ def _last_token(stream: AnswerStream, progress: Progress) -> None:
     count, seconds = stream.answer.usage.completion_tokens, stream.timings.decode
     # The first token came from the prefill.
     progress.done(seconds, "answer", f"{count:,} tokens{_rate(count - 1, seconds)}")
+    if stream.answer.finish is FinishReason.LENGTH:
+        progress.note(f"the answer is cut off at {count:,} tokens (--max-tokens)")
 
 
 def _rate(count: int, seconds: float) -> str:

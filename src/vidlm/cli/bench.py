@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vidlm.cli.loading import load_model
+from vidlm.cli.loading import load_model, loading
 from vidlm.cli.machine import machine, peak_bytes, sentence
 from vidlm.cli.options import (
     FRAMES,
-    Common,
     Json,
     Loads,
     ModelArgument,
+    Reads,
     Working,
     command,
 )
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import STDIN, check_sources
+from vidlm.cli.sources import STDIN, check_sources, take
 from vidlm.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures(Common):
+class Measures(Reads):
     """What is measured, and how often."""
 
     video: VideoFile = None
@@ -114,7 +114,8 @@ def bench_commands() -> typer.Typer:
 
 def latency(given: Latency) -> None:
     _check(given.video)
-    with Progress(given.quiet) as progress, _clips(given.video, 1) as (source,):
+    loading(given)
+    with Progress(given.quiet) as progress, _clips(given, 1, progress) as (source,):
         lm = load_model(given.model, given, progress)
         runs = _repeated(given.runs, progress, lambda: _answer(lm, source, given))
         peak = peak_bytes()
@@ -125,9 +126,10 @@ def latency(given: Latency) -> None:
 
 def throughput(given: Throughput) -> None:
     _check(given.video)
+    loading(given)
     with (
         Progress(given.quiet) as progress,
-        _clips(given.video, given.questions) as sources,
+        _clips(given, given.questions, progress) as sources,
     ):
         lm = load_model(given.model, given, progress)
         progress.now("reading the frames")
@@ -139,7 +141,7 @@ def throughput(given: Throughput) -> None:
 
 def decode(given: Decode) -> None:
     _check(given.video)
-    with Progress(given.quiet) as progress, _clips(given.video, 1) as (source,):
+    with Progress(given.quiet) as progress, _clips(given, 1, progress) as (source,):
         runs = _repeated(given.runs, progress, lambda: _read(source, given.frames))
     _tell(given, "decode", {"frames": given.frames}, runs, {}, "cpu")
 
@@ -147,7 +149,7 @@ def decode(given: Decode) -> None:
 # ---- what is measured ------------------------------------------------------------------------
 
 
-def _answer(lm: LM, source: str, given: Latency) -> Figures:
+def _answer(lm: LM, source: Any, given: Latency) -> Figures:
     """One question about a video that nothing is known of, and another one about the same."""
     lm.engine.clear()
     options: dict[str, Any] = dict.fromkeys(("max_tokens", "min_new_tokens"), given.max_tokens)
@@ -168,7 +170,7 @@ def _answer(lm: LM, source: str, given: Latency) -> Figures:
     }
 
 
-def _requests(lm: LM, sources: Sequence[str], given: Throughput) -> list[Request]:
+def _requests(lm: LM, sources: Sequence[Any], given: Throughput) -> list[Request]:
     """The first questions about each source, or many about a single one."""
     from vidlm.engine import Request
     from vidlm.types import SamplingParams
@@ -207,7 +209,7 @@ def _serve(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
     return time.perf_counter() - began, count
 
 
-def _read(source: str, frames: int) -> Figures:
+def _read(source: Any, frames: int) -> Figures:
     """A few frames of the whole clip, and its first ones in order."""
     from vidlm.media import load_video
 
@@ -243,10 +245,10 @@ def _check(video: str | None) -> None:
 
 
 @contextmanager
-def _clips(video: str | None, count: int) -> Iterator[list[str]]:
+def _clips(given: Measures, count: int, progress: Progress) -> Iterator[list[Any]]:
     """The video, or so many drawn clips, which no two are alike of."""
-    if video is not None:
-        yield [video]
+    if given.video is not None:
+        yield take([given.video], given, {}, progress)
         return
     import numpy as np
 

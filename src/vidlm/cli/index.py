@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
 
-from vidlm.cli.ask import frame_keywords
-from vidlm.cli.loading import load_model
+from vidlm.cli.ask import frame_keywords, legible
+from vidlm.cli.loading import load_model, loading
 from vidlm.cli.options import Index
 from vidlm.cli.progress import Progress
-from vidlm.cli.sources import SAVED, STDIN, check_sources, chosen_frames, is_saved, read
+from vidlm.cli.sources import (
+    SAVED,
+    STDIN,
+    check_sources,
+    chosen_frames,
+    file_stem,
+    is_saved,
+    take,
+)
 from vidlm.errors import InvalidArgument
-from vidlm.files import make_folder
+from vidlm.files import make_folder, output_error
 
 
 def index(given: Index) -> None:
     """The files' paths on stdout. What can be wrong without a model is found before it is there."""
-    frames = frame_keywords(chosen_frames(given))
+    chosen = chosen_frames(given)
+    frames = frame_keywords(chosen)
     targets = target_files(given)
     check_sources(given.videos)
+    system = None if given.system is None else legible("--system", given.system)
     if given.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with Progress(given.quiet) as progress:
+        loading(given)
+        videos = take(given.videos, given, chosen, progress)
+        for target in targets:
+            check_writable(target.parent)
         lm = load_model(given.model, given, progress)
-        for source, target in zip(given.videos, targets, strict=True):
+        for source, taken, target in zip(given.videos, videos, targets, strict=True):
             began = time.perf_counter()
             progress.now(f"reading {source}")
-            video = lm.video(read(source), **frames)
+            video = lm.video(taken, **frames)
             count = f"{len(video.frames)} frames" if video.frames else "an image"
             progress.done(time.perf_counter() - began, "read", f"{source}, {count}")
             began = time.perf_counter()
             progress.now(f"{count} for {target}")
             make_folder(target.parent)
-            video.save(target, kv=not given.no_kv, system=given.system)
+            video.save(target, kv=not given.no_kv, system=system)
             size = f"{target.stat().st_size / 1e6:,.1f} MB"
             progress.done(time.perf_counter() - began, "save", f"{target}, {size}")
             print(target, flush=True)
@@ -45,7 +60,7 @@ def target_files(given: Index) -> list[Path]:
     saved = [source for source in given.videos if is_saved(source)]
     if saved:
         raise InvalidArgument(f"{saved[0]} is a saved video already; give the video itself")
-    if given.output is not None and len(given.videos) == 1:
+    if given.output is not None and len(given.videos) == 1 and not given.output.is_dir():
         targets = [_named(given.output)]
     else:
         folder = given.output or Path()
@@ -63,6 +78,16 @@ def target_files(given: Index) -> list[Path]:
     return targets
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OutputError, before any work is done, where no file can be written into a folder,
+    which may not be there yet."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise output_error(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise output_error(there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def _named(output: Path) -> Path:
     if output.suffix != SAVED:
         raise InvalidArgument(
@@ -77,4 +102,4 @@ def _name(source: str) -> str:
 
     if source == STDIN or is_pipe(source) or (source[:5].lower() == "data:" and is_url(source)):
         raise InvalidArgument("what is piped in has no name; give one with --output")
-    return Path(source.partition("?")[0]).stem + SAVED
+    return file_stem(source) + SAVED

@@ -43,6 +43,14 @@ Times = Annotated[
 Indices = Annotated[
     str | None, typer.Option("--indices", metavar="I,I", help="Frames by number, from 0.")
 ]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option("--allow-private", help="Fetch URLs of private networks and this machine, too."),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Longest download of a video; else 30."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[
     str | None,
@@ -66,7 +74,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback where som
 Videos = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="VIDEO", help="A path, a URL, a video saved by index, or - for stdin; one or more."
+        metavar="VIDEO",
+        help="A path, a URL, a video saved by index, a folder or quoted pattern of images, or - "
+        "for stdin; one or more.",
     ),
 ]
 ModelName = Annotated[
@@ -81,7 +91,9 @@ ModelName = Annotated[
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="As for ask.")]
 DeviceName = Annotated[
     str | None,
-    typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, auto, balanced."),
+    typer.Option(
+        "--device", metavar="NAME", help="cpu (default), cuda, cuda:1, mps, auto, balanced."
+    ),
 ]
 MaxMemory = Annotated[
     list[str] | None,
@@ -124,7 +136,15 @@ class Loads(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chooses(Common):
+class Reads(Common):
+    """One that reads videos."""
+
+    allow_private: AllowPrivate = False
+    timeout: Timeout = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooses(Reads):
     """One that takes frames of videos."""
 
     frames: FrameCount = None
@@ -144,6 +164,11 @@ class Ask(Chooses, Loads, Working):
     """Ask a question about videos or images.
 
     The answer goes to stdout as it comes, progress to stderr.
+
+    \b
+      vidlm ask vidlm-demo/scene.mp4 "What happens?" --model demo
+      vidlm ask vidlm-demo/scene.mp4 "What moves?" --model demo --end 1 --json
+      cat vidlm-demo/scene.mp4 | vidlm ask - "What happens?" --model demo
     """
 
     videos: Videos = None
@@ -189,7 +214,11 @@ class Index(Chooses, Loads, Working):
     """
 
     videos: Annotated[
-        list[str], typer.Argument(metavar="VIDEO", help="A path, a URL, or - for stdin.")
+        list[str],
+        typer.Argument(
+            metavar="VIDEO",
+            help="A path, a URL, a folder or quoted pattern of images, or - for stdin.",
+        ),
     ]
     output: Annotated[
         Path | None,
@@ -228,7 +257,7 @@ class Demo(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info(Loads):
+class Info(Loads, Reads):
     """What a model needs, before it is loaded.
 
     Tokens, whether they fit, and memory, from config.json and the headers of the weight files. A
@@ -245,15 +274,31 @@ class Info(Loads):
 
 @dataclass(frozen=True, kw_only=True)
 class Frames(Chooses):
-    """Save the frames that a model would see.
+    """Save the frames that are taken of videos.
 
-    They go into one picture, a contact sheet, each with its number and time.
+    They go into one picture a video, a contact sheet, each with its number and time. With --model
+    they are those that this model sees: chosen by its rule, cropped and resized as it gets them.
     """
 
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A path, a URL, or -.")]
+    videos: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="VIDEO",
+            help="A path, a URL, a folder or quoted pattern of images, or - for stdin.",
+        ),
+    ]
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PNG", help="Else <video>_frames.png, here."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PNG",
+            help="Else <video>_frames.png, here; for several videos a folder.",
+        ),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Show what this model sees; as for ask."),
     ] = None
     force: Force = False
 

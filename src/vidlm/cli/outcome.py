@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,52 +15,45 @@ from typing import Any
 
 import typer
 
+from vidlm.cli.interrupt import INTERRUPTED, as_exception
+from vidlm.cli.progress import printable
+from vidlm.cli.spelling import spelled
 from vidlm.errors import InvalidArgument, VidlmError
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-# What the library calls an option, where it complains about one: "fps=0.0 is not above 0".
-OPTIONS: Mapping[str, str] = {
-    "frames": "--frames",
-    "num_frames": "--frames",
-    "max_tokens": "--max-tokens",
-    "max_new_tokens": "--max-tokens",
-    "top_p": "--top-p",
-    "device_map": "--device",
-    "quantization_config": "--quantize",
-    "kv_dtype": "--kv-dtype",
-    **{
-        name: f"--{name}"
-        for name in (
-            "fps",
-            "start",
-            "end",
-            "sampling",
-            "times",
-            "indices",
-            "temperature",
-            "seed",
-            "dtype",
-            "quantize",
-        )
-    },
+OK, FAILED, USAGE = 0, 1, 2
+# What to do about an error of the system, by its number.
+REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: "free some space, or name a place on another disk",
+    errno.EDQUOT: "free some space, or name a place on another disk",
+    errno.ENOENT: "make the folder first, or name another",
+    errno.ENOTDIR: "a part of the path is a file; name a folder",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it is a file; name a folder",
+    errno.EACCES: "name a place that you may read and write",
+    errno.EPERM: "name a place that you may read and write",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit with ulimit -n, or give fewer files",
 }
 
 
 def outcome(run: Callable[[Any], None], options: Any) -> int:
     """Run a command to its end. `options.debug` adds the traceback to a failure's line."""
     try:
-        run(options)
-        sys.stdout.flush()
+        with as_exception():
+            run(options)
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED)
+        return failed("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `| head` has read enough
         _give_up_stdout()
         return FAILED
     except Exception as error:
+        if _is_interrupt(error):
+            return failed("interrupted", INTERRUPTED)
         if options.debug:
             traceback.print_exc()
-        return _failed(*_explain(error, options.debug))
+        return failed(*_explain(error, options))
     return OK
 
 
@@ -71,53 +64,49 @@ def show_warnings() -> None:
     logging.getLogger("vidlm").addHandler(handler)
 
 
-def _explain(error: Exception, debug: bool) -> tuple[str, int]:
-    if isinstance(error, InvalidArgument):
-        return _spelled(str(error)), USAGE
+def failed(message: str, code: int) -> int:
+    typer.echo("vidlm: " + printable(" ".join(message.splitlines())), err=True)
+    return code
+
+
+def _explain(error: Exception, options: Any) -> tuple[str, int]:
     if isinstance(error, VidlmError):
-        return str(error), FAILED
-    if isinstance(error, OSError) and error.strerror:
+        code = USAGE if isinstance(error, InvalidArgument) else FAILED
+        return spelled(str(error), options), code
+    if isinstance(error, OSError):
         _give_up_stdout()  # which may be what failed
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}", FAILED
-    hint = "" if debug else "; run it again with --debug for the traceback"
+        return _of_the_system(error, options), FAILED
+    if isinstance(error, MemoryError):
+        return (
+            "there is not enough memory; take fewer --frames, a smaller model, or --quantize int8",
+            FAILED,
+        )
+    hint = "" if options.debug else "; run it again with --debug for the traceback"
     return f"unexpected {type(error).__name__}: {error}{hint}", FAILED
 
 
-def _spelled(said: str) -> str:
-    """A message of the library with its keywords as options."""
-    for keyword, option in (
-        (r"^max_memory with device_map=None", "--max-memory without --device"),
-        (r"(^|\bin )max_memory\b(?:=\{(.*?)\})?", _as_room),
-        (r"^(\w+)=", _as_option),
-        (r"EngineOptions\((\w+)=(?:None|'(\w+)')\)", _as_switch),
-        (r"\b(device_map|quantize)='(\w+)'", _as_switch),
-        (r"\bwithout quantize\b", "without --quantize"),
-    ):
-        said = re.sub(keyword, option, said)
-    return said
+def _of_the_system(error: OSError, options: Any) -> str:
+    """A full disk or a folder that is missing: what, where, and what to do."""
+    number = error.errno or 0
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    place = error.filename
+    if place is None and number in REMEDIES:  # of a file that is open already
+        place = getattr(options, "output", None) or getattr(options, "out", None)
+    where = f"{os.fsdecode(place)}: " if isinstance(place, str | bytes | os.PathLike) else ""
+    remedy = f"; {REMEDIES[number]}" if number in REMEDIES else ""
+    return f"{where}{error.strerror}{remedy}"
 
 
-def _as_room(keyword: re.Match[str]) -> str:
-    """ "max_memory={0: '20GiB', 'cpu': '60GiB'}" as "--max-memory 0=20GiB,cpu=60GiB"."""
-    sizes = (keyword[2] or "").replace("'", "").replace(": ", "=").replace(", ", ",")
-    return f"{keyword[1]}--max-memory{' ' * bool(sizes)}{sizes}"
-
-
-def _as_option(keyword: re.Match[str]) -> str:
-    name = keyword[1]
-    return f"{OPTIONS[name]} " if name in OPTIONS else keyword[0]
-
-
-def _as_switch(keyword: re.Match[str]) -> str:
-    """What a message has a model loaded with: "EngineOptions(kv_dtype='int8')"."""
-    name, value = keyword[1], keyword[2] or "auto"
-    return f"{OPTIONS[name]} {value}" if name in OPTIONS else keyword[0]
-
-
-def _failed(message: str, code: int) -> int:
-    typer.echo("vidlm: " + " ".join(message.splitlines()), err=True)
-    return code
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C lies behind an error: an import that it breaks off may end as ImportError."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _give_up_stdout() -> None:

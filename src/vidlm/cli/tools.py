@@ -1,26 +1,20 @@
-"""The commands beside `ask`: `demo`, `info` and `frames`."""
+"""The commands beside `ask`: `demo` and `info`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vidlm.cli.loading import loading
-from vidlm.cli.options import FRAMES, Demo, Frames, Info
-from vidlm.cli.sources import check_sources, chosen_frames, read
+from vidlm.cli.options import Demo, Info
+from vidlm.cli.progress import Progress
+from vidlm.cli.sources import is_saved, take
 from vidlm.errors import InvalidArgument
-from vidlm.files import replaced
-
-SIDE = 640  # pixels of a frame kept for the sheet, which shows it smaller
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vidlm.media import Video
 
 
@@ -37,6 +31,7 @@ def info(given: Info) -> None:
     from vidlm.plan import check_room, free_memory, plan, sampling
 
     told = loading(given)
+    source = None if given.video is None else _video(given.video, given)
     folder = find(given.model)
     check_room(folder, told)
     planned = partial(
@@ -49,10 +44,9 @@ def info(given: Info) -> None:
     )
     plans = planned(frames=given.frames)
     video = None
-    if given.video is not None:
-        check_sources([given.video])
+    if source is not None:
         taken = sampling(folder) if given.frames is None else {"num_frames": given.frames}
-        video = load_video(read(given.video), **taken)
+        video = load_video(source, **taken)
         plans = planned(frames=len(video))
     if given.json:
         about = _about(video) if video else None
@@ -66,39 +60,16 @@ def info(given: Info) -> None:
     typer.echo(str(plans))
 
 
-def frames(given: Frames) -> None:
-    """The sheet's path on stdout, the frames and their times on stderr."""
-    from vidlm.media import contact_sheet, load_video
-    from vidlm.media.clip import clock
+def _video(source: str, given: Info) -> Any:
+    """The video to plan for, which can be read."""
+    from vidlm.media import is_image
 
-    keywords = chosen_frames(given)
-    check_sources([given.video])
-    if given.sampling != "videollama3" and not keywords.keys() & {"fps", "times", "indices"}:
-        keywords = {"num_frames": FRAMES, **keywords}
-    video = load_video(read(given.video), max_side=SIDE, **keywords)
-    output = given.output or Path(f"{Path(video.name).stem}_frames.png")
-    _save(contact_sheet(video), output, force=given.force)
-    typer.echo(f"{'frame':>8}  time", err=True)
-    for index, seconds in zip(video.indices, video.pts, strict=True):
-        typer.echo(f"{index:>8}  {clock(seconds)}", err=True)
-    if str(output) != "-":
-        typer.echo(output)
-
-
-def _save(sheet: Image, output: Path, force: bool) -> None:
-    if str(output) == "-":
-        sheet.save(sys.stdout.buffer, "PNG")
-        return
-    if output.suffix.lower() != ".png":
+    if is_saved(source) or is_image(source):
         raise InvalidArgument(
-            f"--output {output}: a contact sheet is a PNG; name it {output.stem}.png"
+            f"--video {source}: give a video; what a saved one or an image takes is not planned"
         )
-    if output.exists() and not force:
-        raise InvalidArgument(
-            f"{output} exists already; replace it with --force, or name another with --output"
-        )
-    with replaced(output) as partial:
-        sheet.save(partial, "PNG")
+    with Progress(quiet=False) as progress:
+        return take([source], given, {}, progress)[0]
 
 
 def _about(video: Video) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vidlm.hf.llava_next_video import (
 )
 from vidlm.hf.loading import DEMO, find
 from vidlm.hf.model import ForConditionalGeneration
+from vidlm.hf.pictures import shown
 from vidlm.hf.processor import ProcessorMixin
 from vidlm.hf.slowfast import LlavaQwenSlowFastForCausalLM, SlowFastProcessor
 from vidlm.hf.streamers import TextIteratorStreamer, TextStreamer
@@ -99,4 +100,5 @@ __all__ = [
     "VideoLlavaVideoProcessor",
     "VideoMetadata",
     "find",
+    "shown",
 ]

@@ -40,6 +40,7 @@ PROCESSORS: tuple[type[ProcessorMixin], ...] = (
 
 
 def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The folder of a model, found once: a class that is handed it reads files of one commit."""
     return find(name, **{key: kwargs[key] for key in LOCATION if kwargs.get(key) is not None})
 
 
@@ -67,7 +68,7 @@ class AutoProcessor:
             found = [processor for processor in PROCESSORS if processor.family is family]
         if not found:
             raise UnsupportedModel(f"{name} has no processor in vidlm")
-        return found[0].from_pretrained(name, **kwargs)
+        return found[0].from_pretrained(folder, **kwargs)
 
 
 class AutoModelForImageTextToText:
@@ -75,10 +76,11 @@ class AutoModelForImageTextToText:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ForConditionalGeneration:
-        family = family_of(read_config(_folder(name, kwargs)))
+        folder = _folder(name, kwargs)
+        family = family_of(read_config(folder))
         for model in MODELS:
             if model.family is family:
-                return model.from_pretrained(name, **kwargs)
+                return model.from_pretrained(folder, **kwargs)
         raise UnsupportedModel(f"{name} has no model class in vidlm")
 
 

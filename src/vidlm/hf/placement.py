@@ -26,8 +26,8 @@ from vidlm.weights import Renames
 CPU = torch.device("cpu")
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 ALLOWED = (
-    "'auto', 'cpu', 'cuda', 'cuda:0', 'balanced', 'balanced_low_0', 'sequential', a torch.device, "
-    "or a dict of devices by names of parts, such as {'': 'cuda:0'}"
+    "'auto', 'cpu', 'cuda', 'cuda:0', 'mps' (on a Mac), 'balanced', 'balanced_low_0', "
+    "'sequential', a torch.device, or a dict of devices by names of parts, such as {'': 'cuda:0'}"
 )
 IN_MEMORY = "0, 1 and so on for GPUs, and 'cpu'"
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -358,13 +358,31 @@ def _device(given: Any, named: str, allowed: str = ALLOWED) -> torch.device:
         raise InvalidArgument(f"{named}; allowed: {allowed}") from error
     if device.type == "cpu":
         return CPU
+    if device.type != "cuda":
+        return _other_device(device, named, allowed)
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if (device.index or 0) >= count:
         seen = f"{count} of them, from cuda:0" if count else "no GPU"
         raise InvalidArgument(f"device {str(device)!r}, but torch sees {seen}; use 'cpu' or 'auto'")
-    if device.type == "cuda" and device.index is None:
+    if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _other_device(device: torch.device, named: str, allowed: str) -> torch.device:
+    """An accelerator that this torch can use, such as a Mac's GPU: plain torch runs on it.
+
+    Raises InvalidArgument for one that is not there, and for "meta", which holds no numbers.
+    """
+    backend = getattr(torch.backends, device.type, None)
+    module = backend if hasattr(backend, "is_available") else getattr(torch, device.type, None)
+    available = getattr(module, "is_available", None)
+    if available is None or not available():
+        raise InvalidArgument(
+            f"{named}; allowed: {allowed}; and this torch has no {device.type!r} device here"
+        )
+    # Tensors name a device with its number, and are compared by it.
+    return torch.device(device.type, device.index or 0)
 
 
 def _size(bytes_: int) -> str:

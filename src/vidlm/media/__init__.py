@@ -5,6 +5,7 @@ from vidlm.media.folder import is_image
 from vidlm.media.image import load_image
 from vidlm.media.pillow import to_rgb
 from vidlm.media.policy import FramePolicy
+from vidlm.media.probe import probe
 from vidlm.media.reader import MediaReader
 from vidlm.media.sheet import contact_sheet
 from vidlm.media.video import (
@@ -29,6 +30,7 @@ __all__ = [
     "is_image",
     "load_image",
     "load_video",
+    "probe",
     "replace_video_with_images",
     "sample_frames",
     "to_rgb",

@@ -293,6 +293,8 @@ def _why_unreadable(file: BinaryIO, error: Exception) -> str:
         return f"cannot be read ({_reason(error)}); check the file and where it lies"
     if head.startswith((_JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")):
         return _STILL
+    if _is_sound(head):
+        return "sound alone, without pictures; give a file with moving pictures"
     if head[4:8] == b"ftyp":
         return (
             "an MP4 without its index (moov): it was cut off, is damaged or is still being "
@@ -307,6 +309,15 @@ def _why_unreadable(file: BinaryIO, error: Exception) -> str:
         "not a video that vidlm reads, or a damaged one; give MP4, MOV, MKV, WebM, AVI, MPEG, GIF "
         "or the like, or convert it: ffmpeg -i INPUT output.mp4"
     )
+
+
+def _is_sound(head: bytes) -> bool:
+    """WAV, AIFF, FLAC, MP3, AAC and the like, which are no containers of pictures."""
+    named = head.startswith((b"ID3", b"fLaC", b"caff", b".snd", b"#!AMR", b"MThd", b"\x0b\x77"))
+    chunks = ((b"RIFF", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC"))
+    chunked = (head[:4], head[8:12]) in chunks
+    frame = head[:1] == b"\xff" and head[1:2] >= b"\xe0"  # MPEG audio, ADTS
+    return named or chunked or frame
 
 
 def _is_text(head: bytes) -> bool:

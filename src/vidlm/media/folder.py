@@ -34,12 +34,19 @@ _NUMBER = re.compile(r"(?<![\d.])(\d+)\.(\d+)(?!\.?\d)|(\d+)")
 
 
 def is_image(source: str | Path) -> bool:
-    """Whether a path or URL names a still image, by its ending (or a data URL by its type)."""
+    """Whether a path or URL names a still image, by its ending (or a data URL by its type). A
+    folder, and a pattern such as "frames/*.png", name the frames of a video."""
     name = str(source)
     if name[:5].lower() == "data:" and is_url(name):
         return name[5:11].lower() == "image/"
-    path = urlsplit(name).path if "://" in name else name
-    return path.lower().endswith(_STILL)
+    if "://" in name:
+        return urlsplit(name).path.lower().endswith(_STILL)
+    return name.lower().endswith(_STILL) and not (os.path.isdir(name) or is_pattern(name))
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that names no file is a pattern such as "frames/*.jpg"."""
+    return _WILD.search(path) is not None and not os.path.exists(path)
 
 
 def pictures(source: Any, access: FetchPolicy) -> list[Path] | None:
@@ -51,7 +58,7 @@ def pictures(source: Any, access: FetchPolicy) -> list[Path] | None:
         return None
     path, text = Path(source), str(source)
     folder = os.path.isdir(text)
-    if not folder and (not _WILD.search(text) or os.path.exists(text)):
+    if not folder and not is_pattern(text):
         return None
     check_local(path, access)
     if folder:

@@ -87,6 +87,8 @@ def _path(source: str | Path) -> Path:
             f"{scheme[0]} is not fetched; give http://, https://, file:// or data:, "
             "or download the video and give its path or bytes"
         )
+    if not source:
+        raise InvalidArgument("an empty path names no video; give a path, a URL or bytes")
     return Path(source)
 
 

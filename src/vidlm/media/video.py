@@ -82,7 +82,7 @@ def load_video(
     if found is not None:
         return stills.from_list(found, options, str(source))
     with opened(source, access) as (file, name):
-        match _kind(file, name):
+        match kind_of(file, name):
             case "still":
                 return stills.from_still(file, name, options)
             case "video":
@@ -105,8 +105,11 @@ def replace_video_with_images(text: str, frames: int) -> str:
     return text.replace("<video>", "<image>" * frames)
 
 
-def _kind(file: BinaryIO, name: str) -> str:
-    """ "video", "still" for a HEIF image, or Pillow's name of an animation that is left to it."""
+def kind_of(file: BinaryIO, name: str) -> str:
+    """ "video", "still" for a HEIF image, or Pillow's name of an animation that is left to it.
+
+    Raises MediaError for an empty file, and for one that cannot be read.
+    """
     try:
         file.seek(0)
         head = file.read(12)
