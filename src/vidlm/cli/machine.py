@@ -44,9 +44,9 @@ def prepare_kernels(progress: Progress) -> None:
     if state.seconds:
         progress.done(state.seconds, "compile", "CPU kernels for this machine, once")
     for what in warned:
-        progress.note("kernels", what)
+        progress.note(what)
     if os.environ.get(native.SWITCH) == "0":
-        progress.note("kernels", f"none: {state.reason}; plain torch is used")
+        progress.note(f"no CPU kernels ({state.reason}); plain torch is used, which is slower")
 
 
 def kernel_lines() -> list[str]:

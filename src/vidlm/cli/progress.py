@@ -61,12 +61,6 @@ class Progress:
             return CLEAR
         return f"\r{' ' * shown}\r" if shown else ""
 
-    def note(self, stage: str, what: str) -> None:
-        """Something to know that took no time."""
-        if not self._quiet:
-            clear = CLEAR if self._terminal else ""
-            self._write(clear + self._shade(f"{'':10}  {stage:<8} {what}") + "\n")
-
     def _shade(self, text: str) -> str:
         return f"{DIM}{text}{PLAIN}" if self._escapes else text
 
