@@ -92,6 +92,9 @@ def test_no_operator_takes_the_default_dtype(
             with _NothingWide() as mode:
                 lm.ask(clip(0), "what?", max_tokens=2, repetition_penalty=1.1, logprobs=1)
                 lm.ask(clip(1)[0], "what?", max_tokens=2, temperature=0.5, top_p=0.9, min_p=0.1)
+                ids = torch.tensor([[40, 41, 42, 43]])
+                lm.model.generate(input_ids=ids, max_new_tokens=2)
+                lm.model(input_ids=ids, labels=ids, output_hidden_states=True)
         finally:
             torch.set_default_dtype(torch.float32)
         found[folder] = mode.found

@@ -45,7 +45,7 @@ def test_chunks_begin_at_large_pages_and_hold_several(monkeypatch: pytest.Monkey
     large = pages.empty((CHUNK + 1,), torch.int8)
     assert second.data_ptr() - first.data_ptr() == 1216  # 1200, and to the next line
     assert [tensor.data_ptr() % PAGE for tensor in (first, large)] == [0, 0]
-    assert [len(chunk) for chunk in mapped] == [CHUNK, CHUNK + PAGE]
+    assert [stop - first for _, first, stop in mapped] == [CHUNK, CHUNK + PAGE]
 
 
 @linux

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vidlm.cli.machine import prepare_kernels
 from vidlm.cli.options import Loads
 from vidlm.cli.progress import Progress
 from vidlm.errors import InvalidArgument
@@ -44,9 +45,12 @@ def read_room(given: Sequence[str]) -> dict[int | str, str] | None:
 
 
 def load_model(name: str, given: Loads, progress: Progress) -> LM:
-    began = time.perf_counter()
     progress.now(f"loading {name}")
     told = loading(given)
+    if not (told.device or "").startswith("cuda"):
+        prepare_kernels(progress)  # also packs weights while they are read
+    began = time.perf_counter()
+    progress.now(f"loading {name}")
     from vidlm.api import load
     from vidlm.engine import EngineOptions
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlm import __version__
+from vidlm.cli.progress import Progress
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -31,6 +32,31 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device.startswith("cuda"):
         named["gpu"] = torch.cuda.get_device_name(device)
     return named
+
+
+def prepare_kernels(progress: Progress) -> None:
+    """Compile the kernels where that has to be done, as a stage of its own, and tell where there
+    are none."""
+    from vidlm import native
+
+    warned: list[str] = []
+    state = native.prepare(progress.now, warned.append)
+    if state.seconds:
+        progress.done(state.seconds, "compile", "CPU kernels for this machine, once")
+    for what in warned:
+        progress.note(what)
+    if os.environ.get(native.SWITCH) == "0":
+        progress.note(f"no CPU kernels ({state.reason}); plain torch is used, which is slower")
+
+
+def kernel_lines() -> list[str]:
+    """For people: whether there are kernels, then each kind of work."""
+    from vidlm import native
+
+    state = native.status()
+    kept = f", kept in {state.path.parent}" if state.path else ""
+    head = state.reason + kept if state.used else f"none, plain torch is used: {state.reason}"
+    return [head, *(f"  {kernel}" for kernel in state.kernels if state.used)]
 
 
 def sentence(named: dict[str, Any]) -> str:

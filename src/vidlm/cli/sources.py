@@ -123,40 +123,40 @@ def _taken(
     if is_saved(source) and not source.startswith(WEB):
         _check_saved(source, frames)
         return source
-    taken: str | Contents = read_once(source, access, progress)
+    taken: str | Contents = _read_once(source, access, progress)
     if isinstance(taken, Contents) and is_image(source):
         return load_image(taken)
     probe(taken, _frame_policy(frames), access=access)
     return taken
 
 
-def read_once(source: str, access: FetchPolicy, progress: Progress) -> str | Contents:
+def _read_once(source: str, access: FetchPolicy, progress: Progress) -> str | Contents:
     """The contents of stdin, a pipe or a URL of the web; all else by name."""
     from vidlm.media.fetch import fetch
     from vidlm.media.source import is_pipe, opened
 
     if source == STDIN:
         progress.now("reading stdin")
-        return Contents(_stdin(), "stdin")
+        return _read_pipe(sys.stdin.buffer, "stdin")
     if source.lower().startswith(WEB):
         progress.now("downloading")
         return Contents(fetch(source, policy=access), source)
     if is_pipe(source):
         progress.now(f"reading {source}")
-        with opened(source, access) as (pipe, _):
+        with opened(source, access) as (pipe, _):  # gives a silent pipe up after the timeout
             return Contents(pipe.read(), source)
     return source
 
 
-def _stdin() -> bytes:
+def _read_pipe(pipe: Any, name: str) -> Contents:
     from vidlm.media.fetch import MAX_BYTES
 
-    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    data = pipe.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise MediaLimitError(
-            f"stdin: more than {MAX_BYTES} bytes; save it to a file and give the path"
+            f"{name} holds more than {MAX_BYTES >> 20} MiB; save it to a file and give its path"
         )
-    return data
+    return Contents(data, name)
 
 
 def _check_saved(source: str, frames: Mapping[str, Any]) -> None:
@@ -189,8 +189,10 @@ def _check_stdin() -> None:
 def _check_file(source: str, alone: bool) -> None:
     from vidlm.media.fetch import DEFAULT_POLICY
     from vidlm.media.folder import pictures
-    from vidlm.media.source import opened
+    from vidlm.media.source import is_pipe, opened
 
+    if is_pipe(source):
+        return  # opening it would take what is in it
     if pictures(source, DEFAULT_POLICY) is not None:
         return
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vidlm.cli.loading import loading
+from vidlm.cli.machine import kernel_lines, prepare_kernels
 from vidlm.cli.options import Demo, Info
 from vidlm.cli.progress import Progress
 from vidlm.cli.sources import is_saved, take
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 def demo(given: Demo) -> None:
     from vidlm.demo.show import show
 
+    with Progress(quiet=False) as progress:
+        prepare_kernels(progress)
     show(given.out, given.seed, typer.echo)
 
 
@@ -28,6 +33,7 @@ def info(given: Info) -> None:
     """With a video, for as many frames as would be taken of it."""
     from vidlm.hf import find
     from vidlm.media import load_video
+    from vidlm.native import status
     from vidlm.plan import check_room, free_memory, plan, sampling
 
     told = loading(given)
@@ -48,9 +54,14 @@ def info(given: Info) -> None:
         taken = sampling(folder) if given.frames is None else {"num_frames": given.frames}
         video = load_video(source, **taken)
         plans = planned(frames=len(video))
+    with Progress(quiet=given.json) as progress:
+        prepare_kernels(progress)
     if given.json:
         about = _about(video) if video else None
-        typer.echo(json.dumps({"model": given.model, "video": about, **plans.to_dict()}))
+        kernels = asdict(status())
+        kernels["path"] = kernels["path"] and str(kernels["path"])
+        told_of = {"model": given.model, "video": about, "kernels": kernels}
+        typer.echo(json.dumps({**told_of, **plans.to_dict()}))
         return
     typer.echo(f"{'model':<8} {given.model}")
     if video:
@@ -58,6 +69,8 @@ def info(given: Info) -> None:
             f"{'video':<8} {video.name}, {video.duration:.2f} s, {video.total_frames} frames"
         )
     typer.echo(str(plans))
+    for line, label in zip_longest(kernel_lines(), ["kernels"], fillvalue=""):
+        typer.echo(f"{label:<8} {line}")
 
 
 def _video(source: str, given: Info) -> Any:

@@ -87,6 +87,7 @@ class Engine:
         self._stamp: object = None
         if model.device.type == "cpu":
             native.keep_freed(os.environ)
+            native.prepare()  # or the first answer's encoding would wait for the compiler
         self._build()
 
     def _build(self) -> None:

@@ -47,9 +47,8 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     for lister in (list_quickly, list_packets, list_frames):
         with opened(file, name, options.limits, source.deadline) as reader:
             index = lister(reader, file)
-            if index is not None and _asks_of_time(options.policy) and not index.is_moved:
-                end = sound_end(reader, index.timeline)
-                index = replace(index, timeline=replace(index.timeline, end=end))
+            if index is not None:
+                index = with_sound(index, reader, options.policy)
             video = _chosen(source, index, reader) if index is not None else None
         if video is None and index is not None:  # the same from the beginning, without seeking
             video = _chosen(source, index, None)
@@ -60,9 +59,13 @@ def read(file: BinaryIO, name: str, options: ReadOptions) -> Video:
     raise AssertionError("a frame that is counted cannot go astray")
 
 
-def _asks_of_time(policy: FramePolicy) -> bool:
-    """Whether a choice depends on how long the last picture stays."""
-    return policy.times is not None or policy.start is not None or policy.fps is not None
+def with_sound(index: Index, reader: Reader, policy: FramePolicy) -> Index:
+    """The index, whose last picture stays while the sound goes on where `policy` depends on it."""
+    by_time = policy.times is not None or policy.start is not None or policy.fps is not None
+    if not by_time or index.is_moved:
+        return index
+    end = sound_end(reader, index.timeline)
+    return replace(index, timeline=replace(index.timeline, end=end))
 
 
 def _chosen(source: File, index: Index, reader: Reader | None) -> Video | None:

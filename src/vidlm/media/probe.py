@@ -16,13 +16,15 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from vidlm.media import container, stills
+from vidlm.media import container, decode, stills
 from vidlm.media.clip import DEFAULT_LIMITS, Deadline, Limits, ReadOptions, Timeline
 from vidlm.media.container import Reader
 from vidlm.media.fetch import DEFAULT_POLICY, FetchPolicy
+from vidlm.media.flv_bounds import check_key_frames
 from vidlm.media.folder import is_image, pictures
 from vidlm.media.image import load_image
 from vidlm.media.listing import list_frames, list_quickly, list_table
+from vidlm.media.mp4_bounds import check_tables
 from vidlm.media.pillow import reading
 from vidlm.media.policy import FramePolicy, seconds
 from vidlm.media.source import Source, opened
@@ -78,7 +80,8 @@ def _probe_stills(paths: Sequence[Path], options: ReadOptions, name: str) -> Non
 
 
 def _probe_animation(file: BinaryIO, name: str, options: ReadOptions, form: str) -> None:
-    """The number of frames. Their times take decoding all of them, so times are not checked."""
+    """The number of frames of a format by Pillow's name. Times take decoding all of them, so they
+    are not checked."""
     with reading(name), Image.open(file, formats=[form]) as image:
         options.limits.check(name, 1, image.height, image.width)
         count = getattr(image, "n_frames", 1)
@@ -91,10 +94,14 @@ def _probe_animation(file: BinaryIO, name: str, options: ReadOptions, form: str)
 def _probe_video(file: BinaryIO, name: str, options: ReadOptions) -> None:
     limits = options.limits
     deadline = Deadline(name, limits.seconds)
+    check_tables(file, name, limits, deadline)
+    check_key_frames(file, name, deadline)
     with container.opened(file, name, limits, deadline) as reader:
+        shows = _shows_a_picture(reader)
         index = list_table(reader, file) if _names_moments(options.policy) else None
         unsure = index is None and _may_lack(reader, file, options.policy)
-        shows = _shows_a_picture(reader)
+        if index is not None:
+            index = decode.with_sound(index, reader, options.policy)
     if index is not None:
         _check_choice(index.timeline, options.policy)
     if not unsure and shows:
@@ -102,6 +109,8 @@ def _probe_video(file: BinaryIO, name: str, options: ReadOptions) -> None:
     for lister in (list_quickly, list_frames) if shows else (list_frames,):
         with container.opened(file, name, limits, deadline) as reader:
             listed = lister(reader, file)
+            if listed is not None:
+                listed = decode.with_sound(listed, reader, options.policy)
         if listed is not None:
             _check_choice(listed.timeline, options.policy)
             return

@@ -106,7 +106,10 @@ def replace_video_with_images(text: str, frames: int) -> str:
 
 
 def kind_of(file: BinaryIO, name: str) -> str:
-    """ "video", "still" for a HEIF image, or Pillow's name of an animation that is left to it."""
+    """ "video", "still" for a HEIF image, or Pillow's name of an animation that is left to it.
+
+    Raises MediaError for an empty file, and for one that cannot be read.
+    """
     try:
         file.seek(0)
         head = file.read(12)

@@ -6,7 +6,7 @@ with the legend of vidlm.nn.
 
 from vidlm.native.coded import SCALE_BYTES, Cache, Coded, tensors_of
 from vidlm.native.flash import flash, flash_blocks
-from vidlm.native.library import Status, library, status
+from vidlm.native.library import SWITCH, Kernel, Status, library, prepare, status
 from vidlm.native.memory import FROM_HEAP, Arena, LargePages, Spare, keep_freed
 from vidlm.native.ops import decode_attention, numbers, rotate, rotate_store, store
 from vidlm.native.packed import PackedWeight
@@ -19,9 +19,11 @@ __all__ = [
     "FROM_HEAP",
     "MOST_ROWS",
     "SCALE_BYTES",
+    "SWITCH",
     "Arena",
     "Cache",
     "Coded",
+    "Kernel",
     "LargePages",
     "PackedWeight",
     "Places",
@@ -43,6 +45,7 @@ __all__ = [
     "linears",
     "numbers",
     "pack_rows",
+    "prepare",
     "quick_gelu",
     "rms_norm",
     "rotate",

@@ -35,3 +35,12 @@ void hands_came(int64_t done) {
         __atomic_store_n(&alone_for, rest / 2 < SHORTEST ? 0 : rest / 2, __ATOMIC_RELAXED);
     }
 }
+
+/* Whether calls are shared by threads at all. */
+EXPORT int vidlm_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}

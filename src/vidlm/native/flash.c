@@ -353,3 +353,13 @@ EXPORT void vidlm_flash(Flash *f, int threads) {
     f->done = next >= items; /* a thread without memory leaves its share to the others */
 #endif
 }
+
+/* Whether vidlm_flash runs: not compiled for this processor, not allowed by the system, or yes. */
+EXPORT int vidlm_flash_state(void) {
+    enum { NOT_COMPILED, NOT_ALLOWED, RUNS };
+#if TILES
+    return tiles_allowed() ? RUNS : NOT_ALLOWED;
+#else
+    return NOT_COMPILED;
+#endif
+}

@@ -1,9 +1,14 @@
 /* What all kernels share: bfloat16, sixteen lanes of float32, and how work is shared out. */
 #pragma once
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else /* a compiler whose OpenMP is not that of torch: all work is the caller's */
+#define omp_get_thread_num() 0
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))

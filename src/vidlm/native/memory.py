@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PAGE = 2 << 20  # bytes of a large page on x86-64, and of the usual one on arm64
-CHUNK = 64 << 20  # bytes asked for at a time; they are given back together
+CHUNK = 64 << 20  # bytes that the system is asked for at a time
 ALIGNED = 64  # bytes: a line of the cache
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -38,29 +38,36 @@ class Arena:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
         """A tensor that holds anything. What was never written takes no memory."""
         size = prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size == 0 or not self._has(size):
+        if device.type != "cpu" or size == 0 or size > len(self._memory) - self._used:
             return torch.empty(tuple(shape), dtype=dtype, device=device)
         start = self._used
         self._used += -(-size // ALIGNED) * ALIGNED
         return self._memory[start : start + size].view(dtype).view(tuple(shape))
 
-    def _has(self, size: int) -> bool:
-        return size <= len(self._memory) - self._used
 
+class LargePages:
+    """Tensors of a CPU side by side in chunks of large pages, or of pages of the usual size where
+    the system has no others left. On other systems and devices they are ordinary tensors.
 
-class LargePages(Arena):
-    """An Arena that grows, in large pages. Where the system has none left, they are of the usual
-    size; where it does not know them, tensors are ordinary ones."""
+    Each tensor has a storage of its own, of just its bytes: what is saved, pickled or shared of a
+    model is that, and not the chunk. A chunk is freed with the last tensor in it.
+    """
 
     def __init__(self) -> None:
-        super().__init__(torch.empty(0, dtype=torch.uint8, device="cpu"))
+        self._chunk: mmap.mmap | None = None
+        self._next = self._stop = 0  # bytes from the chunk's beginning
 
-    def _has(self, size: int) -> bool:
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return False
-        if not super()._has(size):
-            self._memory, self._used = _mapped(max(size, CHUNK)), 0
-        return True
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+        """A tensor that holds anything. What was never written takes no memory."""
+        size = prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(tuple(shape), dtype=dtype, device=device)
+        if self._chunk is None or size > self._stop - self._next:
+            self._chunk, self._next, self._stop = _mapped(max(size, CHUNK))
+        start = self._next
+        self._next += -(-size // ALIGNED) * ALIGNED
+        count = prod(shape)
+        return torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=start).view(shape)
 
 
 class Spare:
@@ -93,16 +100,15 @@ class Spare:
         return Spare, ()
 
 
-def _mapped(size: int) -> Tensor:
-    """Bytes from the beginning of a large page to the end of one."""
+def _mapped(size: int) -> tuple[mmap.mmap, int, int]:
+    """A chunk, and from where to where it consists of whole large pages."""
     size = -(-size // PAGE) * PAGE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, size + PAGE, flags=flags)  # a mapping begins at any page
+    chunk = mmap.mmap(-1, size + PAGE, flags=flags)  # a mapping begins at any page
     with suppress(OSError):  # a system that was built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % PAGE
-    return whole[first : first + size]
+        chunk.madvise(mmap.MADV_HUGEPAGE)
+    first = -torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr() % PAGE
+    return chunk, first, first + size
 
 
 def keep_freed(environment: Mapping[str, str]) -> bool:
