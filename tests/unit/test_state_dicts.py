@@ -44,3 +44,17 @@ def test_a_state_dict_of_the_hubs_names_is_read() -> None:
     assert "language_model.model.embed_tokens.weight" in hub
     assert other.load_state_dict(hub) == ([], [])
     assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_parts_are_found_on_the_whole_model() -> None:
+    """transformers had them there until release 5; what is put there counts."""
+    model = make("siglip-qwen2")
+    for name in ("multi_modal_projector", "vision_tower", "language_model"):
+        assert getattr(model, name) is getattr(model.model, name)
+        assert list(dict(model.named_children())) == ["model", "lm_head"]
+    with pytest.raises(AttributeError, match="no_such_part"):
+        _ = model.no_such_part
+    before = model(IDS).logits
+    model.language_model = make("siglip-qwen2", 9).language_model
+    assert model.language_model is model.model.language_model
+    assert not torch.equal(model(IDS).logits, before)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import nn
+
 from vidlm.errors import InvalidArgument
 from vidlm.models.base import Family, VideoModel
 from vidlm.weights import Renames
@@ -45,3 +47,27 @@ class LayoutReader(VideoModel):
                 "model.get_base_model()._checkpoint_conversion_mapping to the call"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class WholeModel(LayoutReader):
+    """A model whose parts are found on itself too, not only on `model`: transformers had them there
+    until release 5, and scripts say `model.multi_modal_projector`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            part = self._parts().get(name)
+            if part is None:
+                raise
+            return part
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name in self._parts():
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _parts(self) -> dict[str, nn.Module | None]:
+        body = self.__dict__.get("_modules", {}).get("model")
+        return {} if body is None else body._modules

@@ -23,7 +23,7 @@ from vidlm.hf.forward import (
     read_keywords,
 )
 from vidlm.hf.generation import GenerateCall, generation_keywords, given_config, read_call
-from vidlm.hf.layouts import LayoutReader
+from vidlm.hf.layouts import LayoutReader, WholeModel
 from vidlm.hf.loading import load_model, read_load_options, saved_scheme
 from vidlm.hf.pack import mask_of, share
 from vidlm.hf.placement import Placement
@@ -231,7 +231,7 @@ class BaseModel(PretrainedModel):
         """There is no head to tie."""
 
 
-class ForConditionalGeneration(PretrainedModel):
+class ForConditionalGeneration(PretrainedModel, WholeModel):
     """A family's model that answers; `generation_config` holds the checkpoint's defaults for
     `generate`."""
 
