@@ -114,7 +114,8 @@ def bench_commands() -> typer.Typer:
 
 def latency(given: Latency) -> None:
     _check(given.video)
-    loading(given)
+    if given.video is not None:  # which may be downloaded; drawing comes before torch, whose
+        loading(given)  # memory would else count beside the encoder's in the peak
     with Progress(given.quiet) as progress, _clips(given, 1, progress) as (source,):
         lm = load_model(given.model, given, progress)
         runs = _repeated(given.runs, progress, lambda: _answer(lm, source, given))
@@ -126,7 +127,8 @@ def latency(given: Latency) -> None:
 
 def throughput(given: Throughput) -> None:
     _check(given.video)
-    loading(given)
+    if given.video is not None:  # which may be downloaded; drawing comes before torch, whose
+        loading(given)  # memory would else count beside the encoder's in the peak
     with (
         Progress(given.quiet) as progress,
         _clips(given, given.questions, progress) as sources,
