@@ -21,7 +21,7 @@ from oracle import transformers
 from vidlm import AutoModelForImageTextToText
 from vidlm.errors import InvalidArgument, UnsupportedModel
 
-peft = pytest.importorskip("peft")
+import peft  # isort: skip  # after oracle, which makes torchvision importable without a GPU
 
 IDS = torch.tensor([[40, 41, 42, 43, 44, 45]])
 FAMILIES = ("siglip-qwen2", "next-vicuna", "video-llava", "videollama3")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO
 
 _MOST_BOXES = 100_000  # side by side; a day in fragments of two seconds has fewer
@@ -24,11 +25,10 @@ class Box:
     end: int
 
 
-def boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
-    """The boxes between two places of a file; stops at one that is no box."""
-    for _ in range(_MOST_BOXES):
-        if start + 8 > end:
-            return
+def headers(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Type, start and end of the content of each box between two places of a file. A box that
+    overruns `end` is cut there, as FFmpeg reads it; what is no box ends the iteration."""
+    while start + 8 <= end:
         file.seek(start)
         head = file.read(16)
         if len(head) < 8:
@@ -41,8 +41,14 @@ def boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
             size = end - start
         if size < skip:
             return
-        yield Box(kind, start + skip, min(start + size, end))
+        yield kind, start + skip, min(start + size, end)
         start += size
+
+
+def boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
+    """The boxes between two places of a file, at most _MOST_BOXES of them."""
+    for header in islice(headers(file, start, end), _MOST_BOXES):
+        yield Box(*header)
 
 
 def find(file: BinaryIO, within: Box, *path: bytes) -> Box | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidlm.errors import MediaError, MediaLimitError
+from vidlm.media.boxes import headers
 from vidlm.media.clip import Deadline, Limits
 
 # Boxes that hold boxes in which a demuxer looks for tables.
@@ -63,24 +63,10 @@ class Box:
         return int.from_bytes(self.read(4, at), "big")
 
     def boxes(self, deadline: Deadline) -> Iterator[Box]:
-        """The boxes directly inside, those that overrun it cut to its end, as FFmpeg reads them."""
-        at = self.start
-        while at + 8 <= self.end:
+        """The boxes directly inside."""
+        for header in headers(self.file, self.start, self.end):
             deadline.check()
-            self.file.seek(at)
-            head = self.file.read(16)
-            if len(head) < 8:
-                return
-            size, kind = struct.unpack(">I4s", head[:8])
-            skip = 8
-            if size == 1 and len(head) == 16:
-                size, skip = int.from_bytes(head[8:], "big"), 16
-            elif size == 0:
-                size = self.end - at
-            if size < skip:
-                return
-            yield Box(self.file, kind, at + skip, min(at + size, self.end))
-            at += size
+            yield Box(self.file, *header)
 
 
 @dataclass
