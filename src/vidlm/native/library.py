@@ -134,7 +134,7 @@ def _decided(compiling: Tell, warn: Tell) -> tuple[Status, ctypes.CDLL | None]:
             path, refused = built(os.environ, begin, spare)
             found = load(path)
         except NotBuilt as error:
-            warn(f"no CPU kernels ({error}); plain torch decodes about 10 times slower")
+            warn(f"no CPU kernels ({error}); plain torch decodes several times slower")
             return _without(str(error))
     seconds = time.perf_counter() - began[0] if began else 0.0
     note = ""
